@@ -1,0 +1,379 @@
+/** Puts a new release live without losing a request, or leaves visitors where they are and says why. */
+import { parseArgs } from 'node:util'
+import * as act from './lib/actions.mts'
+import { runChecks } from './lib/checks.mts'
+import { endOrphans, markCommands, orphans } from './lib/command.mts'
+import { smoke, untilHealthy } from './lib/health.mts'
+import { readHistory, remember, type Entry } from './lib/history.mts'
+import { parseDuration, takeLock } from './lib/lock.mts'
+import { describeFigures, startProof, type Proof } from './lib/proof.mts'
+import * as releases from './lib/releases.mts'
+import * as report from './lib/report.mts'
+import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
+import { readSchema, type Schema } from './lib/schema.mts'
+import { composeCommand, loadSite, scriptCommand, type Site, type SlotName } from './lib/settings.mts'
+import { observe } from './lib/slots.mts'
+import { recognise, type Situation } from './lib/state.mts'
+import { showStatus } from './lib/status.mts'
+
+const usage = `
+Puts a new release of the Strapi site live without losing a request.
+
+  npx zx scripts/deploy.mts                       build and deploy
+  npx zx scripts/deploy.mts --status              what runs, where visitors go, the last deploy
+  npx zx scripts/deploy.mts --build-only          build the image, deploy nothing
+  npx zx scripts/deploy.mts --rollback [RELEASE]  back to the last good release, or to this one
+
+  --accept-schema-change  roll back although the database schema has changed since
+  --dry-run               say what would be done, change nothing
+  --env-file FILE         settings (default docker/.env)
+  --wait DURATION         wait for another run to end, for example 30m
+  --json                  one JSON object a line, the last one is the result
+  --help
+
+Exit codes: 0 done; 1 failed, visitors unaffected; 2 usage or settings; 3 degraded, a person must act;
+4 another run holds the lock; 130 interrupted and safe.`
+
+await report.main(async () => {
+  const { values: options, positionals } = parseArgs({
+    args: report.scriptArguments(),
+    allowPositionals: true,
+    options: {
+      status: { type: 'boolean' },
+      'build-only': { type: 'boolean' },
+      rollback: { type: 'boolean' },
+      'accept-schema-change': { type: 'boolean' },
+      'dry-run': { type: 'boolean' },
+      'env-file': { type: 'string' },
+      wait: { type: 'string' },
+      json: { type: 'boolean' },
+      help: { type: 'boolean', short: 'h' },
+    },
+  })
+  if (options.help) return say(usage.trim())
+  report.configureReport({ json: options.json, dryRun: options['dry-run'] })
+  refuseNonsense(options, positionals)
+  const waitMs = parseDuration(options.wait ?? '0')
+  const site = await loadSite(options['env-file'])
+  if (options.status) return await showStatus(site)
+
+  const lock = report.isDryRun()
+    ? undefined
+    : await takeLock(site.project, ['deploy', ...report.scriptArguments()].join(' '), waitMs)
+  try {
+    markCommands(site.project)
+    if (options['build-only']) return await buildOnly(site)
+    const request = options.rollback
+      ? { rollbackTo: positionals[0], acceptSchemaChange: options['accept-schema-change'] ?? false }
+      : undefined
+    await deploy(site, request)
+  } finally {
+    lock?.release()
+  }
+})
+
+interface Rollback {
+  /** Undefined: the last good one before the live one. */
+  rollbackTo: string | undefined
+  acceptSchemaChange: boolean
+}
+
+/** What this run brings live, and what it found. */
+interface Run {
+  site: Site
+  release: string
+  imageId: string
+  live: string | undefined
+  schemaBefore: Schema | undefined
+}
+
+async function deploy(site: Site, rollback: Rollback | undefined): Promise<void> {
+  const startedAt = Date.now()
+  await endLeftovers(site)
+  const situation = await look(site)
+  await runChecks(site, situation.way)
+  const target = rollback ? await releases.rollbackTarget(site, situation.live, rollback) : undefined
+  await mend(site, situation)
+  await noteLiveRelease(site, situation.live)
+
+  const run = await step('1/7', target ? `Use the image of ${target}` : 'Build the new release', async () => {
+    const release = target ?? (await releases.newReleaseName(site))
+    if (!target) await act.build(site, release)
+    const imageId = report.isDryRun() ? '' : await releases.imageOf(site, release)
+    if (imageId === undefined) throw new Error(`there is no image ${site.image}:${release}`)
+    detail(release)
+    return { site, release, imageId, live: situation.live, schemaBefore: await readSchema(site) }
+  })
+
+  const outcome = await recorded(run, startedAt, async () => {
+    switch (situation.way) {
+      case 'first':
+        return await startFirst(run)
+      case 'resume':
+        return await finishFromSlave(run)
+      default:
+        return await replaceMaster(run)
+    }
+  })
+  await releases.prune(site, run.release)
+  conclude(site, run.release, outcome, startedAt)
+}
+
+/** Master serves: the seven steps. */
+async function replaceMaster(run: Run): Promise<Proof> {
+  const { site, release } = run
+  // No impact yet.
+  try {
+    await step('2/7', `Start slave on ${release}`, () => act.start(site, 'strapi-slave', release))
+    await step('3/7', 'Wait until slave is healthy', () => fitForVisitors(run, 'strapi-slave'))
+  } catch (error) {
+    throw await slaveFailed(run, error)
+  }
+
+  // From here on visitors move.
+  const proof = await startProof(site)
+  try {
+    await step('4/7', 'Send visitors to slave, let master finish, stop it', async () => {
+      await act.route(site, 'strapi-slave')
+      await act.pin(site, release)
+      await act.drain(site, 'strapi-master', proof)
+      await act.stop(site, 'strapi-master')
+    })
+  } catch (error) {
+    await proof.stop()
+    throw await moveFailed(run, error)
+  }
+  return await finishFromSlave(run, proof)
+}
+
+/** Only slave serves: steps 5 to 7. */
+async function finishFromSlave(run: Run, proof?: Proof): Promise<Proof> {
+  const { site, release } = run
+  const counting = proof ?? (await startProof(site))
+  try {
+    await step('5/7', `Start master on ${release}`, () => act.start(site, 'strapi-master', release))
+    await step('6/7', 'Wait until master is healthy', () => fitForVisitors(run, 'strapi-master'))
+    await step('7/7', 'Send visitors back to master, let slave finish, stop it', async () => {
+      await act.route(site, 'strapi-master')
+      await act.pin(site, release)
+      await act.drain(site, 'strapi-slave', counting)
+      await act.stop(site, 'strapi-slave')
+    })
+    return counting
+  } catch (error) {
+    await counting.stop()
+    throw await masterFailed(run, error)
+  }
+}
+
+/** Nothing serves: PostgreSQL and Redis, then master straight away. */
+async function startFirst(run: Run): Promise<undefined> {
+  const { site, release } = run
+  await step('2/7', 'Nothing serves yet: start PostgreSQL and Redis, no slave', () => act.startServices(site))
+  try {
+    await step('5/7', `Start master on ${release}`, () => act.start(site, 'strapi-master', release))
+    await step('6/7', 'Wait until master is healthy', () => fitForVisitors(run, 'strapi-master'))
+    await act.pin(site, release)
+  } catch (error) {
+    const log = await act.logTail(site, 'strapi-master')
+    await act
+      .stop(site, 'strapi-master')
+      .catch((failure: unknown) => warn(`master could not be stopped: ${report.explain(failure)}`))
+    if (report.interrupted.aborted) throw error
+    const advice = `Its container is kept. Look at: ${composeCommand(site, 'logs strapi-master')}\nThen: ${scriptCommand('deploy', site.envFile)}`
+    throw new Problem(
+      exitCodes.failed,
+      `master did not start on ${release}; nothing served before, nothing serves now\n${log}`,
+      advice,
+      error,
+    )
+  }
+}
+
+/** Healthy by the engine and by our own probe, on this release's image, and the smoke paths answer. */
+async function fitForVisitors(run: Run, slot: SlotName): Promise<void> {
+  await report.change(
+    `wait until ${slot} is healthy, at most ${run.site.health.timeoutMs / 1000} s, then ask ${run.site.health.smokePaths.join(' ')}`,
+    async () => {
+      await report.alive(
+        () => `waiting for ${slot}`,
+        () => untilHealthy(run.site, slot, run.imageId),
+      )
+      await smoke(run.site, slot)
+    },
+  )
+}
+
+/** Ends what a killed run left behind: a build, a command. */
+async function endLeftovers(site: Site): Promise<void> {
+  const left = await orphans(site.project)
+  if (left.length === 0) return
+  detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
+  await report.change('end them', () => endOrphans(site.project))
+}
+
+/** What is, in one line. Waits while the only slot that could serve is booting. */
+async function look(site: Site): Promise<Situation> {
+  const deadline = Date.now() + site.health.timeoutMs
+  for (;;) {
+    const now = await observe(site)
+    const situation = recognise(now)
+    if (situation.way === 'refuse') {
+      const advice = `Stop it first: ${composeCommand(site, '--profile dev stop strapi-dev')}`
+      throw new Problem(exitCodes.usage, 'strapi-dev is running and holds the port of strapi-master', advice)
+    }
+    if (situation.way !== 'wait') {
+      say(`Found: ${situation.sentence}`, 'found', { way: situation.way, live: situation.live })
+      return situation
+    }
+    if (Date.now() > deadline) {
+      throw new Problem(
+        exitCodes.failed,
+        `${situation.sentence} for ${site.health.timeoutMs / 1000} s`,
+        `Look at: ${composeCommand(site, 'ps')}`,
+      )
+    }
+    await report.pause(500)
+  }
+}
+
+/** Brings an interrupted run to a state that a deploy starts from. */
+async function mend(site: Site, situation: Situation): Promise<void> {
+  for (const repair of situation.repairs) await act.repair(site, repair)
+  const named = await releases.nameHandMade(site)
+  if (named) warn(named)
+}
+
+/** The release that served before us counts as good, and its schema is needed to roll back to it. */
+async function noteLiveRelease(site: Site, live: string | undefined): Promise<void> {
+  if (live === undefined || report.isDryRun()) return
+  const known = (await readHistory(site)).some(
+    (entry) => entry.release === live && (entry.result === 'done' || entry.result === 'found'),
+  )
+  if (!known) await remember(site, { release: live, result: 'found' }, await readSchema(site))
+}
+
+/** Runs the steps and writes down how they ended, whatever happens. */
+async function recorded(
+  run: Run,
+  startedAt: number,
+  steps: () => Promise<Proof | undefined>,
+): Promise<Outcome> {
+  const { site, release } = run
+  const seconds = () => Math.round((Date.now() - startedAt) / 1000)
+  try {
+    const figures = await (await steps())?.stop()
+    if (!report.isDryRun())
+      await remember(site, { release, result: 'done', seconds: seconds(), figures }, await readSchema(site))
+    return { figures }
+  } catch (error) {
+    const code = error instanceof Problem ? error.code : exitCodes.failed
+    const result =
+      code === exitCodes.degraded ? 'degraded' : code === exitCodes.interrupted ? 'interrupted' : 'failed'
+    const noted = remember(site, {
+      release,
+      result,
+      seconds: seconds(),
+      why: report.explain(error).split('\n')[0] ?? '',
+    })
+    await noted.catch((failure: unknown) => warn(`not written down: ${report.explain(failure)}`))
+    throw error
+  }
+}
+
+type Outcome = Pick<Entry, 'figures'>
+
+/** Step 2 or 3: master was not touched. Slave's container is kept, stopped, for a look. */
+async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
+  const { site, release } = run
+  const log = await act.logTail(site, 'strapi-slave')
+  await act
+    .stop(site, 'strapi-slave')
+    .catch((failure: unknown) => warn(`slave could not be stopped: ${report.explain(failure)}`))
+  if (report.interrupted.aborted)
+    return new Problem(
+      exitCodes.interrupted,
+      `interrupted; master serves ${run.live ?? ''} as before`,
+      '',
+      error,
+    )
+  const advice = [
+    `Look at: ${composeCommand(site, '--profile blue-green logs strapi-slave')}`,
+    `Then: ${scriptCommand('deploy', site.envFile)}`,
+  ]
+  const schema = await readSchema(site)
+  if (schema?.hash !== run.schemaBefore?.hash) {
+    advice.unshift(
+      `Release ${release} changed the database schema while it booted, and master still runs ${run.live ?? 'the older release'}. See "expand and contract" in README.md.`,
+    )
+  }
+  return new Problem(
+    exitCodes.failed,
+    `slave is not fit for visitors; master was not touched and serves as before\n${log}`,
+    advice.join('\n'),
+    error,
+  )
+}
+
+/** Step 4: either nobody has moved yet, or slave serves. */
+async function moveFailed(run: Run, error: unknown): Promise<Problem> {
+  const { site } = run
+  const situation = recognise(await observe(site))
+  if (situation.way === 'full' && situation.live !== run.release) return await slaveFailed(run, error)
+  return stillServed(run, 'slave has taken over, but master could not be stopped', error)
+}
+
+/** Steps 5 to 7: slave serves. A broken master is stopped: a closed port fails over without loss, a booting one does not. */
+async function masterFailed(run: Run, error: unknown): Promise<Problem> {
+  const { site } = run
+  const log = await act.logTail(site, 'strapi-master')
+  const now = await observe(site).catch(() => undefined)
+  if (now?.flag === 'strapi-slave') {
+    await act
+      .stop(site, 'strapi-master')
+      .catch((failure: unknown) => warn(`master could not be stopped: ${report.explain(failure)}`))
+    return stillServed(
+      run,
+      `master is not fit for visitors on ${run.release}; it was stopped, slave keeps serving\n${log}`,
+      error,
+    )
+  }
+  return stillServed(run, 'master serves, but slave could not be stopped', error)
+}
+
+function stillServed(run: Run, message: string, error: unknown): Problem {
+  const { site } = run
+  const advice = `Look at: ${composeCommand(site, 'logs strapi-master')}\nThen: ${scriptCommand('deploy', site.envFile)}   (it goes on from here)`
+  const code = report.interrupted.aborted ? exitCodes.interrupted : exitCodes.degraded
+  return new Problem(code, message, advice, error)
+}
+
+async function buildOnly(site: Site): Promise<void> {
+  const release = await releases.newReleaseName(site)
+  await step('1/7', 'Build the new release', () => act.build(site, release))
+  report.addToResult({ release })
+  say(
+    `Built ${site.image}:${release}; nothing was deployed. To deploy the source: ${scriptCommand('deploy', site.envFile)}`,
+  )
+}
+
+function conclude(site: Site, release: string, outcome: Outcome, startedAt: number): void {
+  const seconds = Math.round((Date.now() - startedAt) / 1000)
+  report.addToResult({ release, seconds, ...outcome })
+  if (report.isDryRun()) return say('Nothing was changed.')
+  if (outcome.figures) say(describeFigures(outcome.figures), 'proof', { ...outcome.figures })
+  say(
+    `Done in ${seconds} s: master serves ${release}. Back to the one before: ${scriptCommand('deploy', site.envFile, '--rollback')}`,
+  )
+}
+
+function refuseNonsense(options: Record<string, unknown>, positionals: string[]): void {
+  const wrong: string[] = []
+  const modes = ['status', 'build-only', 'rollback'].filter((name) => options[name])
+  if (modes.length > 1) wrong.push(`--${modes.join(' and --')} cannot go together`)
+  if (positionals.length > (options.rollback ? 1 : 0))
+    wrong.push(`unexpected: ${positionals.slice(options.rollback ? 1 : 0).join(' ')}`)
+  if (options['accept-schema-change'] && !options.rollback)
+    wrong.push('--accept-schema-change belongs to --rollback')
+  if (wrong.length > 0) throw new Problem(exitCodes.usage, wrong.join('; '), 'See --help.')
+}

@@ -1,0 +1,155 @@
+/** What the steps of a deploy do to the slots, the flag and .env. Each is safe to repeat. */
+import { createWriteStream } from 'node:fs'
+import { mkdir } from 'node:fs/promises'
+import { join } from 'node:path'
+import { ask, run } from './command.mts'
+import * as compose from './compose.mts'
+import * as engine from './engine.mts'
+import { readText, setValues, writeEnv } from './envfile.mts'
+import type { Proof } from './proof.mts'
+import { alive, change, detail, interrupted, pause, warn } from './report.mts'
+import type { Site, SlotName } from './settings.mts'
+import { describeRepair, type Repair } from './state.mts'
+import * as traffic from './traffic.mts'
+
+/** Builds the Strapi image as `release`. The full output is in the state folder. @throws Error with its end */
+export async function build(site: Site, release: string): Promise<void> {
+  await change(`build ${site.image}:${release} from ${site.source}`, async () => {
+    await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
+    const logFile = join(site.stateDir, 'build.log')
+    const log = createWriteStream(logFile, { mode: 0o600 })
+    const recent: string[] = []
+    const onLine = (line: string) => {
+      log.write(`${line}\n`)
+      recent.push(line)
+      if (recent.length > 20) recent.shift()
+    }
+    try {
+      const options = {
+        env: { STRAPI_VERSION: release, DOCKER_BUILDKIT: '1' },
+        timeoutMs: 3_600_000,
+        signal: interrupted,
+        onLine,
+      }
+      await alive(
+        () => recent.at(-1)?.slice(0, 90) ?? '',
+        () => run(compose.build(site), options),
+      )
+    } catch (error) {
+      interrupted.throwIfAborted()
+      throw new Error(
+        `the image could not be built; the whole output is in ${logFile}, its end:\n${recent.join('\n')}`,
+        { cause: error },
+      )
+    } finally {
+      log.end()
+    }
+  })
+}
+
+/** Starts a slot on a release, in a fresh container. */
+export async function start(site: Site, slot: SlotName, release: string): Promise<void> {
+  await change(`start ${slot} on ${release}`, async () => {
+    await run(compose.remove(site, slot))
+    await run(compose.start(site, slot), { env: { STRAPI_VERSION: release } })
+  })
+}
+
+export async function stop(site: Site, slot: SlotName): Promise<void> {
+  await change(`stop ${slot}`, () => run(compose.stop(site, slot)))
+}
+
+/** Sends visitors to a slot. From then on it is the one that comes back after a reboot, not the other. */
+export async function route(site: Site, slot: SlotName): Promise<void> {
+  const other: SlotName = slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
+  await change(`send visitors to ${slot}`, async () => {
+    await run(compose.setRestart(site, slot, 'unless-stopped'))
+    // Before the move: the older release, booted again after a power cut, would drop the newer one's columns.
+    await ask(compose.setRestart(site, other, 'no'))
+    try {
+      await traffic.send(site, slot)
+    } catch (error) {
+      await ask(compose.setRestart(site, other, 'unless-stopped'))
+      await ask(compose.setRestart(site, slot, 'no'))
+      throw error
+    }
+  })
+}
+
+/** Waits for a slot's last request; what is left after DRAIN_TIMEOUT is cut by the stop that follows, and counted. */
+export async function drain(site: Site, slot: SlotName, proof?: Proof): Promise<void> {
+  await change(
+    `wait until no request is left on ${slot}, at most ${site.drainTimeoutMs / 1000} s`,
+    async () => {
+      const idle = await alive(
+        () => `requests are left on ${slot}`,
+        () => traffic.drained(site, slot),
+      )
+      if (idle) return
+      proof?.cut(site.slots[slot].address)
+      warn(`after ${site.drainTimeoutMs / 1000} s requests are left on ${slot}: stopping it cuts them`)
+    },
+  )
+}
+
+/** Writes the release that `docker compose up -d` starts. */
+export async function pin(site: Site, release: string): Promise<void> {
+  await change(`write STRAPI_VERSION=${release} to ${site.envFile}`, async () => {
+    const text = (await readText(site.envFile)) ?? ''
+    await writeEnv(site.envFile, setValues(text, { STRAPI_VERSION: release }))
+    site.release = release
+  })
+}
+
+/** First start: PostgreSQL, Redis and what .env asks for, healthy. */
+export async function startServices(site: Site): Promise<void> {
+  const optional = (site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit') ? ['livekit'] : []
+  await change('start PostgreSQL and Redis', async () => {
+    const services = ['postgresql', 'redis', ...optional]
+    await alive(
+      () => `starting ${services.join(', ')}`,
+      () => run(compose.startServices(site, services), { timeoutMs: 1_800_000 }),
+    )
+    const deadline = Date.now() + 120_000
+    for (const service of ['postgresql', 'redis']) {
+      for (;;) {
+        const [found] = await engine.serviceContainers(site.project, service)
+        if (found?.State.Health?.Status === 'healthy') break
+        if (Date.now() > deadline || found?.State.Status === 'exited') {
+          const output = found ? await ask(['docker', 'logs', '--tail', '10', found.Id]) : ''
+          throw new Error(
+            `${service} does not become healthy (${found?.State.Status ?? 'no container'})\n${output ?? ''}`,
+          )
+        }
+        await pause(500)
+      }
+    }
+  })
+}
+
+export async function repair(site: Site, step: Repair): Promise<void> {
+  detail(describeRepair(step))
+  switch (step.do) {
+    case 'route':
+      return await route(site, step.to)
+    case 'flag':
+      return await change(describeRepair(step), () => traffic.setFlag(site, step.to))
+    case 'drain':
+      return await drain(site, step.slot).catch((error: unknown) => warn(`not waited: ${String(error)}`))
+    case 'stop':
+      return await stop(site, step.slot)
+    case 'keep':
+      return await change(describeRepair(step), () =>
+        run(compose.setRestart(site, step.slot, 'unless-stopped')),
+      )
+    case 'pin':
+      return await pin(site, step.release)
+  }
+}
+
+/** The last lines of a slot's log, for a failure message. */
+export async function logTail(site: Site, slot: SlotName, lines = 20): Promise<string> {
+  let output = ''
+  await run(compose.logs(site, slot, lines), { onLine: (line) => (output += `${line}\n`) }).catch(() => '')
+  return output.trimEnd()
+}

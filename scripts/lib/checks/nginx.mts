@@ -1,0 +1,58 @@
+/** The nginx files: current, and what nginx really runs. */
+import type { Check } from '../checks.mts'
+import { readText } from '../envfile.mts'
+import { render, rivals } from '../nginx.mts'
+import { isReadable } from '../proof.mts'
+import { scriptCommand } from '../settings.mts'
+import { differences } from '../traffic.mts'
+
+export const nginxChecks: Check[] = [
+  {
+    title: 'what nginx runs',
+    check: async (site, way) => {
+      const found = await differences(site)
+      if (found.length === 0) return []
+      // A first deploy moves nobody.
+      const onlyWarn = way === 'first'
+      return [
+        {
+          problem: `nginx does not run this site's configuration: ${found.join('; ')}`,
+          fix: `sudo ${scriptCommand('setup', site.envFile)}`,
+          onlyWarn,
+        },
+      ]
+    },
+  },
+  {
+    title: 'installed configuration',
+    check: async (site) => {
+      const installed = await readText(site.nginx.confFile).catch(() => undefined)
+      if (installed === undefined || installed === (await render(site))) return []
+      const fix = `keep your edits, or take the shipped one: sudo ${scriptCommand('setup', site.envFile, '--replace-nginx')}`
+      return [
+        { problem: `${site.nginx.confFile} differs from the shipped configuration`, fix, onlyWarn: true },
+      ]
+    },
+  },
+  {
+    title: 'copies of the configuration',
+    check: async (site) =>
+      (await rivals(site)).map((path) => ({
+        problem: `${path} uses the same control port`,
+        fix: `remove one of it and ${site.nginx.confFile}`,
+      })),
+  },
+  {
+    title: 'access log',
+    check: async (site) =>
+      (await differences(site)).length > 0 || (await isReadable(site.nginx.accessLog))
+        ? []
+        : [
+            {
+              problem: `${site.nginx.accessLog} is not readable: a deploy cannot count what visitors got`,
+              fix: 'sudo usermod -aG adm $(id -un)   (then log in again)',
+              onlyWarn: true,
+            },
+          ],
+  },
+]

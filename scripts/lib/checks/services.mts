@@ -1,0 +1,85 @@
+/** Ports and the services that a deploy never touches. */
+import { createServer } from 'node:net'
+import type { Check, Finding } from '../checks.mts'
+import { ask } from '../command.mts'
+import { compose } from '../compose.mts'
+import * as engine from '../engine.mts'
+import { composeCommand, type Site } from '../settings.mts'
+
+export const serviceChecks: Check[] = [
+  {
+    title: 'ports of the slots',
+    check: async (site) => {
+      const found = await Promise.all(
+        Object.values(site.slots).map(async (slot): Promise<Finding[]> => {
+          const port = slot.address.split(':').at(-1) ?? ''
+          if (await isFree(slot.address)) return []
+          const holders = await engine.publishers(port).catch(() => [])
+          if (holders.some((holder) => holder.name === slot.container)) return []
+          const name = holders[0]?.name
+          return [
+            {
+              problem: `port ${port} of ${slot.name} is taken${name ? ` by the container ${name}` : ''}`,
+              fix: name ? `docker stop ${name}` : `ss -ltnp 'sport = :${port}'   shows by whom`,
+            },
+          ]
+        }),
+      )
+      return found.flat()
+    },
+  },
+  {
+    title: 'PostgreSQL and Redis',
+    check: async (site, way) => {
+      if (way === 'first') return []
+      const found = await Promise.all(
+        ['postgresql', 'redis'].map(async (service): Promise<Finding[]> => {
+          const [one] = await engine.serviceContainers(site.project, service)
+          const state = one?.State.Health?.Status ?? one?.State.Status ?? 'not there'
+          return state === 'healthy'
+            ? []
+            : [{ problem: `${service} is ${state}`, fix: composeCommand(site, `up -d ${service}`) }]
+        }),
+      )
+      return found.flat()
+    },
+  },
+  {
+    title: 'definitions of PostgreSQL and Redis',
+    check: async (site, way) => (way === 'first' ? [] : drift(site)),
+  },
+]
+
+/** A changed definition is reported, never applied: it would restart the database under the visitors. */
+async function drift(site: Site): Promise<Finding[]> {
+  const services = ['postgresql', 'redis']
+  const hashes = await ask(compose(site, 'config', '--hash', services.join(',')))
+  const found = await Promise.all(
+    services.map(async (service): Promise<Finding[]> => {
+      const wanted = hashes
+        ?.split('\n')
+        .find((line) => line.startsWith(`${service} `))
+        ?.split(' ')[1]
+      const [one] = await engine.serviceContainers(site.project, service)
+      const actual = one?.Config.Labels['com.docker.compose.config-hash']
+      if (wanted === undefined || actual === undefined || wanted === actual) return []
+      return [
+        {
+          problem: `the definition of ${service} has changed; a deploy does not apply it`,
+          fix: `at a quiet time, it restarts: ${composeCommand(site, `up -d ${service}`)}`,
+          onlyWarn: true,
+        },
+      ]
+    }),
+  )
+  return found.flat()
+}
+
+function isFree(address: string): Promise<boolean> {
+  const [host, port] = address.split(':')
+  return new Promise((resolve) => {
+    const server = createServer()
+    server.on('error', (error) => resolve(!('code' in error && error.code === 'EADDRINUSE')))
+    server.listen({ host, port: Number(port), exclusive: true }, () => server.close(() => resolve(true)))
+  })
+}

@@ -1,0 +1,91 @@
+/** Runs one command. Commands are plain argv arrays; secrets reach them by environment or file only. */
+import { createInterface } from 'node:readline'
+import { readdir, readFile } from 'node:fs/promises'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { $ } from 'zx'
+
+export interface RunOptions {
+  /** Added to this process's own environment. */
+  env?: Record<string, string>
+  cwd?: string
+  timeoutMs?: number
+  signal?: AbortSignal
+  /** Gets each line of stdout and stderr as it comes. */
+  onLine?: (line: string) => void
+}
+
+/** Names our children in /proc, so that the next run finds those which a kill left behind. */
+const marker = 'BLUE_GREEN_PROJECT'
+
+/** Marks every command of this process as belonging to `project`. */
+export function markCommands(project: string): void {
+  process.env[marker] = project
+}
+
+/**
+ * Runs a command without a terminal and returns its stdout.
+ * It runs in a process group of its own: Ctrl-C reaches us, and we decide.
+ * @throws Error with the command, its exit code and the end of its stderr
+ */
+export async function run(argv: string[], options: RunOptions = {}): Promise<string> {
+  const child = $({
+    stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, ...options.env },
+    cwd: options.cwd ?? process.cwd(),
+    detached: true,
+    quiet: true,
+    nothrow: true,
+    timeout: `${options.timeoutMs ?? 120_000}ms`,
+    timeoutSignal: 'SIGKILL',
+    ...(options.signal ? { signal: options.signal } : {}),
+  })`${argv}`
+  const onLine = options.onLine
+  if (onLine) {
+    for (const stream of [child.stdout, child.stderr]) createInterface({ input: stream }).on('line', onLine)
+  }
+  const output = await child
+  options.signal?.throwIfAborted()
+  if (output.exitCode === 0) return output.stdout
+  const how =
+    output.exitCode === null ? `ended by ${output.signal ?? 'a signal'}` : `exit code ${output.exitCode}`
+  const said = (output.stderr.trim() || output.stdout.trim()).split('\n').slice(-5).join('\n')
+  throw new Error(`${argv.join(' ')}: ${how}${said ? `\n${said}` : ''}`)
+}
+
+/** The command's stdout, or undefined when it fails. For questions, never for changes. */
+export async function ask(argv: string[], options: RunOptions = {}): Promise<string | undefined> {
+  return run(argv, options).catch(() => undefined)
+}
+
+/** Commands of `project` that outlived the run that started them: pid and command line. */
+export async function orphans(project: string): Promise<{ pid: number; command: string }[]> {
+  const found = []
+  for (const name of await readdir('/proc')) {
+    const pid = Number(name)
+    if (!Number.isInteger(pid) || pid === process.pid) continue
+    const environment = await readFile(`/proc/${pid}/environ`, 'utf8').catch(() => '')
+    if (!environment.split('\0').includes(`${marker}=${project}`)) continue
+    const command = (await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => ''))
+      .replaceAll('\0', ' ')
+      .trim()
+    if (command) found.push({ pid, command })
+  }
+  return found
+}
+
+/** Ends them: politely, and after 5 s for good. */
+export async function endOrphans(project: string): Promise<void> {
+  const signalAll = async (signal: NodeJS.Signals) => {
+    for (const { pid } of await orphans(project)) {
+      try {
+        process.kill(pid, signal)
+      } catch (error) {
+        if (!(error instanceof Error && 'code' in error && error.code === 'ESRCH')) throw error
+      }
+    }
+  }
+  await signalAll('SIGTERM')
+  for (let waitedMs = 0; waitedMs < 5000 && (await orphans(project)).length > 0; waitedMs += 100)
+    await sleep(100)
+  await signalAll('SIGKILL')
+}

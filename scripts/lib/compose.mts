@@ -1,0 +1,73 @@
+/** Commands of Docker and Compose as data. What they name is decided here, what runs them is `run`. */
+import { composeFile, type Site, type SlotName } from './settings.mts'
+
+/** `docker compose …` for this site. The files are named, so that the current folder does not matter. */
+export function compose(site: Site, ...rest: string[]): string[] {
+  return [
+    'docker',
+    'compose',
+    '--file',
+    composeFile,
+    '--env-file',
+    site.envFile,
+    '--project-name',
+    site.project,
+    ...rest,
+  ]
+}
+
+/** Slave has a profile of its own; master is a plain service. */
+function slotCompose(site: Site, slot: SlotName, ...rest: string[]): string[] {
+  return slot === 'strapi-slave'
+    ? compose(site, '--profile', 'blue-green', ...rest, slot)
+    : compose(site, ...rest, slot)
+}
+
+/** Run with STRAPI_VERSION=release in the environment. */
+export const build = (site: Site) => compose(site, '--progress', 'plain', 'build', 'strapi-master')
+
+/** Removes a slot's container, so that a killed `up` never leaves a half-renamed one. It must be stopped. */
+export const remove = (site: Site, slot: SlotName) => slotCompose(site, slot, 'rm', '--force', '--stop')
+
+/** Starts a slot and nothing else: `--no-deps` keeps Compose from recreating PostgreSQL or Redis. STRAPI_VERSION as in build. */
+export const start = (site: Site, slot: SlotName) =>
+  slotCompose(site, slot, 'up', '--detach', '--no-deps', '--no-build')
+
+/** PostgreSQL, Redis and the optional services that .env asks for. */
+export const startServices = (site: Site, services: string[]) => compose(site, 'up', '--detach', ...services)
+
+export const stop = (site: Site, slot: SlotName) => ['docker', 'stop', site.slots[slot].container]
+
+/** Does not count as a change for Compose. */
+export const setRestart = (site: Site, slot: SlotName, policy: 'no' | 'unless-stopped') => {
+  return ['docker', 'update', '--restart', policy, site.slots[slot].container]
+}
+
+export const logs = (site: Site, slot: SlotName, lines: number) => [
+  'docker',
+  'logs',
+  '--tail',
+  String(lines),
+  site.slots[slot].container,
+]
+export const tag = (from: string, to: string) => ['docker', 'tag', from, to]
+export const removeImage = (name: string) => ['docker', 'image', 'rm', name]
+
+/** A query as the superuser on the local socket: no password, nothing on the network. */
+export const query = (containerId: string, database: string, sql: string) => {
+  return [
+    'docker',
+    'exec',
+    '--user',
+    'postgres',
+    containerId,
+    'psql',
+    '--no-psqlrc',
+    '--tuples-only',
+    '--no-align',
+    '--dbname',
+    database,
+    '--command',
+    sql,
+  ]
+}

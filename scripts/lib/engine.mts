@@ -1,0 +1,105 @@
+/** Asks the container engine over its socket: 10 ms a question, where `docker` needs 100 and `docker compose` 400. */
+import { Client } from 'undici'
+
+/** The fields that we read of `GET /containers/NAME/json`. https://docs.docker.com/reference/api/engine/version/v1.41/ */
+export interface Container {
+  Id: string
+  /** Of the image that it really runs. */
+  Image: string
+  Created: string
+  RestartCount: number
+  State: {
+    Status: string
+    StartedAt: string
+    FinishedAt: string
+    ExitCode: number
+    Health?: { Status: string; Log?: { Output: string }[] } | null
+  }
+  Config: { Image: string; Labels: Record<string, string> }
+  HostConfig: { RestartPolicy: { Name: string } }
+}
+
+export interface Image {
+  Id: string
+  Created: string
+}
+
+const socketPath = (process.env.DOCKER_HOST ?? 'unix:///var/run/docker.sock').replace(/^unix:\/\//, '')
+
+/** The container of that name or id, or undefined. @throws Error when the engine does not answer */
+export async function container(name: string): Promise<Container | undefined> {
+  return await get<Container>(`/containers/${encodeURIComponent(name)}/json`)
+}
+
+/** The image of that name or id, or undefined. */
+export async function image(name: string): Promise<Image | undefined> {
+  return await get<Image>(`/images/${name}/json`)
+}
+
+/** All tags of a repository with their image ids. */
+export async function tags(repository: string): Promise<{ tag: string; id: string; createdAt: Date }[]> {
+  type Row = { Id: string; RepoTags: string[] | null; Created: number }
+  const images = (await get<Row[]>(`/images/json?filters=${filter({ reference: [repository] })}`)) ?? []
+  return images.flatMap((one) =>
+    (one.RepoTags ?? [])
+      .filter((name) => name.startsWith(`${repository}:`))
+      .map((name) => ({
+        tag: name.slice(repository.length + 1),
+        id: one.Id,
+        createdAt: new Date(one.Created * 1000),
+      })),
+  )
+}
+
+/** Containers of one Compose service, running or not. */
+export async function serviceContainers(project: string, service: string): Promise<Container[]> {
+  const label = [`com.docker.compose.project=${project}`, `com.docker.compose.service=${service}`]
+  const found = (await get<{ Id: string }[]>(`/containers/json?all=true&filters=${filter({ label })}`)) ?? []
+  const containers = await Promise.all(found.map((one) => container(one.Id)))
+  return containers.filter((one) => one !== undefined)
+}
+
+/** Containers that publish a port of this host. */
+export async function publishers(port: string): Promise<{ name: string; project: string }[]> {
+  type Row = { Names: string[]; Labels: Record<string, string> }
+  const rows = (await get<Row[]>(`/containers/json?filters=${filter({ publish: [port] })}`)) ?? []
+  return rows.map((row) => ({
+    name: row.Names[0]?.slice(1) ?? '',
+    project: row.Labels['com.docker.compose.project'] ?? '',
+  }))
+}
+
+/** Version of the engine. @throws Error when it does not answer */
+export async function version(): Promise<string> {
+  const answer = await get<{ Version: string }>('/version')
+  return answer?.Version ?? ''
+}
+
+/** Root folder of images and containers. */
+export async function dataRoot(): Promise<string> {
+  const answer = await get<{ DockerRootDir: string }>('/info')
+  return answer?.DockerRootDir ?? '/var/lib/docker'
+}
+
+async function get<T>(path: string): Promise<T | undefined> {
+  const client = new Client('http://engine', { socketPath })
+  try {
+    const { statusCode, body } = await client.request({
+      method: 'GET',
+      path,
+      signal: AbortSignal.timeout(30_000),
+    })
+    const text = await body.text()
+    if (statusCode === 404) return undefined
+    if (statusCode !== 200) throw new Error(`the container engine answered ${statusCode}: ${text.trim()}`)
+    return JSON.parse(text) as T
+  } catch (error) {
+    throw new Error(`the container engine at ${socketPath} does not answer`, { cause: error })
+  } finally {
+    await client.destroy()
+  }
+}
+
+function filter(value: Record<string, string[]>): string {
+  return encodeURIComponent(JSON.stringify(value))
+}

@@ -1,0 +1,34 @@
+/** Makes the folders of a site with the owners that the images and nginx need. Folders that are there stay as they are. */
+import { chown, mkdir, stat } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
+import { change, detail, explain, warn } from './report.mts'
+import type { Site } from './settings.mts'
+import { invokingUser } from './users.mts'
+
+/** User `node` of the Strapi image. */
+export const strapiUid = 1000
+
+export async function makeFolders(site: Site): Promise<void> {
+  const me = invokingUser()
+  // PostgreSQL's entrypoint takes its two folders over by itself: its uid differs from image to image.
+  const folders = [
+    { path: site.folders.uploads, owner: { uid: strapiUid, gid: strapiUid }, mode: 0o755 },
+    { path: site.folders.traffic, owner: me, mode: 0o755 },
+    { path: site.folders.backups, owner: me, mode: 0o711 },
+    { path: join(site.folders.backups, '.incoming'), owner: undefined, mode: 0o700 },
+    { path: site.folders.postgres, owner: undefined, mode: 0o700 },
+  ]
+  for (const { path, owner, mode } of folders) {
+    if ((await stat(path).catch(() => undefined)) !== undefined) continue
+    await change(`make ${path}`, async () => {
+      try {
+        await mkdir(dirname(path), { recursive: true, mode: 0o755 })
+        await mkdir(path, { mode })
+        if (owner && process.getuid?.() === 0) await chown(path, owner.uid, owner.gid)
+        detail(`made ${path}`)
+      } catch (error) {
+        warn(explain(error))
+      }
+    })
+  }
+}

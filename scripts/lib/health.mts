@@ -1,0 +1,70 @@
+/** Waits until a slot is fit for visitors: the engine's word, our own probe, the right image, the smoke paths. */
+import * as engine from './engine.mts'
+import { getUrl } from './http.mts'
+import { pause } from './report.mts'
+import type { Site, SlotName } from './settings.mts'
+
+/** What the last probe saw: ready, not yet, or never. */
+type Verdict = { ready: true } | { ready: false; reason: string; hopeless?: boolean }
+
+/**
+ * @throws Error with the last reason, at once when it cannot recover, at the latest after HEALTH_TIMEOUT
+ */
+export async function untilHealthy(site: Site, slot: SlotName, imageId: string): Promise<void> {
+  const deadline = Date.now() + site.health.timeoutMs
+  for (;;) {
+    const verdict = await probe(site, slot, imageId).catch(asReason)
+    if (verdict.ready) return
+    if (verdict.hopeless) throw new Error(`${slot} ${verdict.reason}`)
+    if (Date.now() > deadline)
+      throw new Error(`${slot} was not healthy after ${site.health.timeoutMs / 1000} s: ${verdict.reason}`)
+    await pause(site.health.intervalMs)
+  }
+}
+
+/**
+ * Asks each of SMOKE_PATHS once. They count only on a slot that is healthy.
+ * @throws Error that lists every path that did not answer 2xx or 3xx
+ */
+export async function smoke(site: Site, slot: SlotName): Promise<void> {
+  const failures: string[] = []
+  for (const path of site.health.smokePaths) {
+    const url = `http://${site.slots[slot].address}${path}`
+    const failure = await getUrl(url, { timeoutMs: 30_000 }).then(
+      ({ status, body }) => (status < 400 ? undefined : `${path} answered ${status}: ${body.slice(0, 200)}`),
+      (error: unknown) => (error instanceof Error ? error.message : String(error)),
+    )
+    if (failure) failures.push(failure)
+  }
+  if (failures.length > 0) throw new Error(`${slot} is healthy, but ${failures.join('; ')}`)
+}
+
+async function probe(site: Site, slot: SlotName, imageId: string): Promise<Verdict> {
+  const found = await engine.container(site.slots[slot].container)
+  if (!found) return { ready: false, reason: 'has no container', hopeless: true }
+  if (found.Image !== imageId)
+    return { ready: false, reason: `runs another image than this release's (${found.Image})`, hopeless: true }
+  if (found.RestartCount > 0 || found.State.Status === 'restarting') {
+    return {
+      ready: false,
+      reason: `exited and was started again (exit code ${found.State.ExitCode})`,
+      hopeless: true,
+    }
+  }
+  if (found.State.Status === 'exited' || found.State.Status === 'dead') {
+    return { ready: false, reason: `exited (exit code ${found.State.ExitCode})`, hopeless: true }
+  }
+  const answer = await getUrl(`http://${site.slots[slot].address}/_health`).catch((error: Error) => error)
+  if (answer instanceof Error) return { ready: false, reason: answer.message }
+  const { status } = answer
+  if (status >= 300) return { ready: false, reason: `/_health answers ${status}` }
+  const state = found.State.Health?.Status ?? 'healthy'
+  return state === 'healthy'
+    ? { ready: true }
+    : { ready: false, reason: `/_health answers ${status}, the engine says ${state}` }
+}
+
+/** The engine may be restarting: that is a reason to wait, not to give up. */
+function asReason(error: unknown): Verdict {
+  return { ready: false, reason: error instanceof Error ? error.message : String(error) }
+}

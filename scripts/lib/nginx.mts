@@ -1,0 +1,147 @@
+/** The site's nginx configuration: rendered from the shipped file, installed, tested, reloaded, and put back when the test fails. */
+import { access, constants, mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { readText } from './envfile.mts'
+import { ask, run } from './command.mts'
+import { exitCodes, Problem } from './report.mts'
+import { projectRoot, type Site } from './settings.mts'
+import { differences } from './traffic.mts'
+
+export const shippedFile = join(projectRoot, 'nginx/bob.strapi-pro.com.conf')
+
+/** The shipped file with the defaults of .env.example replaced by this site's values. */
+export async function render(site: Site): Promise<string> {
+  const shipped = await readFile(shippedFile, 'utf8')
+  const all = replacements(site)
+  // In one pass, so that no value is taken for a default that comes later.
+  const pattern = new RegExp(all.map(([source]) => `(${source.source})`).join('|'), 'gm')
+  return shipped.replace(pattern, (found: string, ...groups: unknown[]) => {
+    const at = groups.slice(0, all.length).findIndex((group) => group !== undefined)
+    return all[at]?.[1] ?? found
+  })
+}
+
+/** What the shipped file says literally, and what this site has in its place. The first that fits counts. */
+export function replacements(site: Site): [RegExp, string][] {
+  const { nginx, folders, slots } = site
+  // Names of upstreams, zones and variables are shared by all sites of one nginx.
+  const prefix = site.project.replaceAll(/\W/g, '_')
+  const tls: [RegExp, string][] = nginx.tls
+    ? [
+        [/#tls# /, ''],
+        [/\/etc\/letsencrypt\/live\/bob\.strapi-pro\.com\/fullchain\.pem/, nginx.tls.certificate],
+        [/\/etc\/letsencrypt\/live\/bob\.strapi-pro\.com\/privkey\.pem/, nginx.tls.key],
+      ]
+    : []
+  const listen: [RegExp, string][] = nginx.listen.includes(':')
+    ? [[/ {2}listen 80;\n {2}listen \[::\]:80;/, `  listen ${nginx.listen};`]]
+    : [
+        [/listen 80;/, `listen ${nginx.listen};`],
+        [/listen \[::\]:80;/, `listen [::]:${nginx.listen};`],
+      ]
+  return [
+    ...tls,
+    ...listen,
+    [/127\.0\.0\.1:1337\b/, slots['strapi-master'].address],
+    [/127\.0\.0\.1:1338\b/, slots['strapi-slave'].address],
+    [/127\.0\.0\.1:1339\b/, nginx.control],
+    [/\/var\/log\/nginx\/bob\.strapi-pro\.com\.access\.log/, nginx.accessLog],
+    [/\/var\/www\/bob\/traffic/, folders.traffic],
+    [/\/var\/www\/bob\/uploads/, folders.uploads],
+    [/bob\.strapi-pro\.com/, nginx.serverName],
+    [/\bbob_(?=master|slave|inflight|connection|tls)/, `${prefix}_`],
+    [/(?<=log_format )bob\b|(?<= )bob(?=;$)/, prefix],
+  ]
+}
+
+/** User that nginx's workers run as, from its main configuration file. */
+export async function workerUser(site: Site): Promise<string> {
+  const dump = (await ask([...site.nginx.command, '-T'])) ?? ''
+  return /^\s*user\s+(\S+?)[\s;]/m.exec(dump)?.[1] ?? 'nobody'
+}
+
+/**
+ * Installs the configuration, tests it, makes nginx run it, and sees that it does.
+ * An installed file that differs is kept beside the new one as `.previous`.
+ * @throws Problem with nginx's own words, and the old files back in place
+ */
+export async function install(site: Site): Promise<void> {
+  const { confFile, command } = site.nginx
+  const wanted = await render(site)
+  const before = await readText(confFile)
+  await mkdir(dirname(confFile), { recursive: true })
+  await mkdir(dirname(site.nginx.accessLog), { recursive: true })
+  await writeFile(`${confFile}.new`, wanted)
+  if (before !== undefined && before !== wanted) await writeFile(`${confFile}.previous`, before)
+  await rename(`${confFile}.new`, confFile)
+  try {
+    await run([...command, '-t'])
+  } catch (error) {
+    if (before === undefined) await rm(confFile, { force: true })
+    else await writeFile(confFile, before)
+    throw new Problem(
+      exitCodes.usage,
+      'nginx refuses the configuration; the old one is back in place',
+      `See: ${command.join(' ')} -t`,
+      error,
+    )
+  }
+  await reloadOrStart(site)
+  await untilLive(site)
+}
+
+async function reloadOrStart(site: Site): Promise<void> {
+  const { command } = site.nginx
+  const reloaded = await ask([...command, '-s', 'reload'])
+  if (reloaded !== undefined) return
+  const hasSystemd = await access('/run/systemd/system').then(
+    () => true,
+    () => false,
+  )
+  const isHostNginx = command.length === 1
+  await run(hasSystemd && isHostNginx ? ['systemctl', 'start', 'nginx'] : command)
+}
+
+/** A reload is asynchronous: new workers take over some milliseconds later. */
+async function untilLive(site: Site): Promise<void> {
+  let found: string[] = []
+  for (let tries = 0; tries < 50; tries += 1) {
+    found = await differences(site)
+    if (found.length === 0) return
+    await sleep(100)
+  }
+  const included = `Is ${dirname(site.nginx.confFile)}/*.conf included by nginx's main file, and its error log quiet?`
+  throw new Problem(
+    exitCodes.usage,
+    `nginx does not run the new configuration: ${found.join('; ')}`,
+    included,
+  )
+}
+
+/** Files of the folder that name the same control port: a second copy under another name. */
+export async function rivals(site: Site): Promise<string[]> {
+  const folder = dirname(site.nginx.confFile)
+  const files = await readdir(folder).catch(() => [])
+  const found: string[] = []
+  for (const file of files) {
+    const path = join(folder, file)
+    if (!file.endsWith('.conf') || path === site.nginx.confFile) continue
+    const text = await readText(path)
+    if (text?.includes(`listen ${site.nginx.control};`)) found.push(path)
+  }
+  return found
+}
+
+/** Why this process cannot install the configuration, or undefined. */
+export async function isInstallable(site: Site): Promise<string | undefined> {
+  if ((await ask([...site.nginx.command, '-v'])) === undefined) return 'nginx is missing'
+  const folder = dirname(site.nginx.confFile)
+  const writable = await access(folder, constants.W_OK).then(
+    () => true,
+    () => false,
+  )
+  return writable || (await ask(['mkdir', '-p', folder])) !== undefined
+    ? undefined
+    : `${folder} is not writable by this user: run this with sudo`
+}

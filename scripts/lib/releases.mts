@@ -1,0 +1,147 @@
+/** Releases: their names, their images, which may be rolled back to and which may go. */
+import { relative } from 'node:path'
+import { ask, run } from './command.mts'
+import { removeImage, tag as tagImage } from './compose.mts'
+import * as engine from './engine.mts'
+import { goodReleases, readHistory, recordedSchema, type Entry } from './history.mts'
+import { change, exitCodes, Problem, warn } from './report.mts'
+import { droppedBy, readSchema } from './schema.mts'
+import { scriptCommand, type Site } from './settings.mts'
+
+const namePattern = /^\d{8}-\d{6}(-[0-9a-f]{7,12}(-dirty)?)?$/
+
+/** "20261123-070455-1a2b3c4": UTC time, and the commit of the application where there is one. Sorts by age. */
+export async function newReleaseName(site: Site, now = new Date()): Promise<string> {
+  return [releaseTime(now), await commitOf(site.source)].filter(Boolean).join('-')
+}
+
+export function releaseTime(now: Date): string {
+  return now
+    .toISOString()
+    .replaceAll(/[-:]|\..*/g, '')
+    .replace('T', '-')
+}
+
+/** Whether a tag was given by a deploy, and not by hand. */
+export function isReleaseName(tag: string): boolean {
+  return namePattern.test(tag)
+}
+
+/** Short commit of the application, "-dirty" when its folder differs from it; empty when it is in no repository. */
+async function commitOf(folder: string): Promise<string> {
+  const git = (...rest: string[]) => ask(['git', '-C', folder, ...rest])
+  const top = (await git('rev-parse', '--show-toplevel'))?.trim()
+  const commit = (await git('rev-parse', '--short=7', 'HEAD'))?.trim()
+  // The folder must belong to the repository, not only lie in its tree.
+  const tracked = await git('ls-files', '--', '.')
+  if (!top || !commit || !tracked?.trim() || relative(top, folder).startsWith('..')) return ''
+  const changes = await git('status', '--porcelain', '--', '.')
+  return changes?.trim() ? `${commit}-dirty` : commit
+}
+
+/** Image id of a release, or undefined when its image is gone. */
+export async function imageOf(site: Site, release: string): Promise<string | undefined> {
+  return (await engine.image(`${site.image}:${release}`))?.Id
+}
+
+/** The last good release before the live one, by the order in which they first went live. */
+export function previousRelease(history: Entry[], live: string | undefined): string | undefined {
+  const good = goodReleases(history)
+  const at = live === undefined ? -1 : good.indexOf(live)
+  return at === -1 ? good.at(-1) : good[at - 1]
+}
+
+/** Tags that no rollback needs: none of the newest `keep` good ones, not live, not of the newest failed one. Only tags that we gave. */
+export function outdated(tags: string[], history: Entry[], live: string, keep: number): string[] {
+  const good = goodReleases(history)
+  const others = good.filter((release) => release !== live)
+  const kept = new Set([live, ...others.slice(Math.max(0, others.length - (keep - 1)))])
+  const newestFailed = tags
+    .filter((tag) => isReleaseName(tag) && !good.includes(tag) && tag !== live)
+    .toSorted()
+    .at(-1)
+  return tags.filter((tag) => isReleaseName(tag) && !kept.has(tag) && tag !== newestFailed)
+}
+
+/**
+ * The release that `--rollback` goes to.
+ * @throws Problem before anything happens: no such release, its image is gone, or a boot of it would change the schema
+ */
+export async function rollbackTarget(
+  site: Site,
+  live: string | undefined,
+  wish: { rollbackTo: string | undefined; acceptSchemaChange: boolean },
+): Promise<string> {
+  const history = await readHistory(site)
+  const target = wish.rollbackTo ?? previousRelease(history, live)
+  const status = scriptCommand('deploy', site.envFile, '--status')
+  if (target === undefined)
+    throw new Problem(exitCodes.usage, 'there is no earlier good release', `See: ${status}`)
+  if (target === live) throw new Problem(exitCodes.usage, `${target} is live already`, `See: ${status}`)
+  if ((await imageOf(site, target)) === undefined) {
+    const images = (await engine.tags(site.image)).map(({ tag }) => tag).toSorted()
+    throw new Problem(
+      exitCodes.usage,
+      `there is no image of release ${target}`,
+      `There are images of: ${images.join(', ') || 'none'}`,
+    )
+  }
+  if (!wish.acceptSchemaChange) await refuseSchemaChange(site, target)
+  return target
+}
+
+async function refuseSchemaChange(site: Site, target: string): Promise<void> {
+  const [current, recorded] = [await readSchema(site), await recordedSchema(site, target)]
+  if (current === undefined || current.hash === recorded?.hash) return
+  const dropped = recorded ? droppedBy(recorded, current) : undefined
+  const consequence =
+    dropped === undefined
+      ? 'what its boot would drop is not known: it was never deployed from here'
+      : dropped.length === 0
+        ? 'its boot would drop nothing, but change the schema'
+        : `its boot would drop, with all data in them: ${dropped.join(', ')}`
+  const advice = `If that is wanted: ${scriptCommand('deploy', site.envFile, `--rollback ${target} --accept-schema-change`)}`
+  throw new Problem(
+    exitCodes.usage,
+    `the database schema has changed since ${target}; ${consequence}`,
+    advice,
+  )
+}
+
+/**
+ * A `docker compose build` by hand moves the tag of the running release to another image; the next `up` would start that.
+ * The tag goes back to the image that runs, the hand-made one gets a name of its own.
+ * @returns a sentence about it, or undefined
+ */
+export async function nameHandMade(site: Site): Promise<string | undefined> {
+  const containers = await Promise.all(
+    Object.values(site.slots).map((slot) => engine.container(slot.container)),
+  )
+  for (const found of containers) {
+    if (found?.State.Status !== 'running' || !found.Config.Image.startsWith(`${site.image}:`)) continue
+    const tagged = await engine.image(found.Config.Image)
+    if (!tagged || tagged.Id === found.Image) continue
+    const name = `${site.image}:by-hand-${releaseTime(new Date(tagged.Created))}`
+    await change(
+      `tag the image that was built by hand as ${name}, and give ${found.Config.Image} back to the one that runs`,
+      async () => {
+        await run(tagImage(tagged.Id, name))
+        await run(tagImage(found.Image, found.Config.Image))
+      },
+    )
+    return `${found.Config.Image} was built by hand and is not what runs; it is now called ${name}`
+  }
+  return undefined
+}
+
+/** Removes images that no rollback needs. A failure is only shown: the deploy has gone well. */
+export async function prune(site: Site, live: string): Promise<void> {
+  try {
+    const tags = (await engine.tags(site.image)).map(({ tag }) => tag)
+    for (const old of outdated(tags, await readHistory(site), live, site.keepReleases)) {
+      await change(`remove the image of ${old}`, () => run(removeImage(`${site.image}:${old}`)))
+    }
+  } catch (error) {
+    warn(`old images were not removed: ${String(error)}`)
+  }
+}

@@ -1,0 +1,58 @@
+/** What the two slots are doing right now, as the engine and nginx's flag tell it. */
+import * as engine from './engine.mts'
+import type { Site, SlotName } from './settings.mts'
+import { flagged } from './traffic.mts'
+
+export type SlotStatus = 'absent' | 'stopped' | 'booting' | 'unhealthy' | 'healthy'
+
+export interface SlotState {
+  status: SlotStatus
+  /** Tag that its container was made from. */
+  release: string | undefined
+  imageId: string | undefined
+  startedAt: string | undefined
+}
+
+export interface Observed {
+  master: SlotState
+  slave: SlotState
+  /** The slot that the flag names. */
+  flag: SlotName
+  /** strapi-dev runs: it holds master's port. */
+  dev: boolean
+  /** STRAPI_VERSION of .env. */
+  pinned: string
+}
+
+export async function observe(site: Site): Promise<Observed> {
+  const [master, slave, dev, flag] = await Promise.all([
+    slotState(site, 'strapi-master'),
+    slotState(site, 'strapi-slave'),
+    engine.serviceContainers(site.project, 'strapi-dev'),
+    flagged(site),
+  ])
+  return { master, slave, flag, dev: dev.some((one) => one.State.Status === 'running'), pinned: site.release }
+}
+
+async function slotState(site: Site, slot: SlotName): Promise<SlotState> {
+  const found = await engine.container(site.slots[slot].container)
+  if (!found) return { status: 'absent', release: undefined, imageId: undefined, startedAt: undefined }
+  const release = found.Config.Image.startsWith(`${site.image}:`)
+    ? found.Config.Image.slice(site.image.length + 1)
+    : undefined
+  return { status: statusOf(found), release, imageId: found.Image, startedAt: found.State.StartedAt }
+}
+
+/** The engine's words in ours. A container that the engine keeps restarting is unhealthy, not booting. */
+export function statusOf(found: engine.Container): SlotStatus {
+  if (found.State.Status === 'restarting' || found.State.Status === 'paused') return 'unhealthy'
+  if (found.State.Status !== 'running') return 'stopped'
+  switch (found.State.Health?.Status) {
+    case 'starting':
+      return 'booting'
+    case 'unhealthy':
+      return 'unhealthy'
+    default:
+      return 'healthy'
+  }
+}

@@ -1,0 +1,97 @@
+/** The state of a site on one screen. Needs no lock and changes nothing. */
+import { describeHolder, lockHolder } from './lock.mts'
+import * as engine from './engine.mts'
+import { goodReleases, readHistory, type Entry } from './history.mts'
+import { describeFigures } from './proof.mts'
+import { addToResult, say } from './report.mts'
+import { scriptCommand, type Site, type SlotName } from './settings.mts'
+import { observe, type Observed, type SlotState } from './slots.mts'
+import { describeRepair, recognise } from './state.mts'
+import { differences, reached, selected } from './traffic.mts'
+
+export async function showStatus(site: Site): Promise<void> {
+  const [now, history, images, holder, nginx] = await Promise.all([
+    observe(site),
+    readHistory(site),
+    engine.tags(site.image),
+    lockHolder(site.project),
+    nginxView(site),
+  ])
+  const situation = recognise(now)
+  const good = goodReleases(history).toReversed()
+  const last = history.findLast((entry) => entry.result !== 'found')
+  addToResult({
+    master: now.master,
+    slave: now.slave,
+    flag: now.flag,
+    nginx,
+    pinned: now.pinned,
+    good,
+    last,
+    running: holder,
+    way: situation.way,
+  })
+
+  say(slotLine(site, 'strapi-master', now.master))
+  say(slotLine(site, 'strapi-slave', now.slave))
+  say(`visitors       ${nginx}`)
+  say(
+    `release        ${situation.live ?? 'none'}${now.pinned === situation.live ? '' : `   (STRAPI_VERSION is ${now.pinned})`}`,
+  )
+  const earlier = good.filter((release) => release !== situation.live)
+  const withImage = new Set(images.map(({ tag }) => tag))
+  say(
+    `earlier        ${earlier.map((release) => `${release}${withImage.has(release) ? '' : ' (image gone)'}`).join(', ') || 'none'}`,
+  )
+  say(`last deploy    ${last ? describeEntry(last) : 'none yet'}`)
+  if (holder) say(`running now    ${describeHolder(holder)}`)
+  else sayUnfinished(site, now)
+}
+
+function slotLine(site: Site, slot: SlotName, state: SlotState): string {
+  const words: Record<SlotState['status'], string> = {
+    absent: 'NOT CREATED',
+    stopped: 'STOPPED',
+    booting: 'RUNNING + STARTING',
+    unhealthy: 'RUNNING + UNHEALTHY',
+    healthy: 'RUNNING + HEALTHY',
+  }
+  const isRunning = state.status !== 'absent' && state.status !== 'stopped'
+  const age =
+    isRunning && state.startedAt ? `since ${state.startedAt.slice(0, 19).replace('T', ' ')} UTC` : ''
+  return [slot.padEnd(14), words[state.status].padEnd(20), site.slots[slot].address, state.release ?? '', age]
+    .join(' ')
+    .trimEnd()
+}
+
+async function nginxView(site: Site): Promise<string> {
+  const found = await differences(site)
+  if (found.length > 0) return `nginx does not run this site's configuration: ${found.join('; ')}`
+  const slot = await selected(site)
+  const address = await reached(site, slot).catch((error: unknown) => String(error))
+  return address === site.slots[slot].address
+    ? `go to ${slot}, nginx reaches it at ${address}`
+    : `are meant for ${slot}, but: ${address}`
+}
+
+function describeEntry(entry: Entry): string {
+  const words = {
+    done: 'went well',
+    found: 'was found serving',
+    failed: 'failed',
+    degraded: 'ended degraded',
+    interrupted: 'was interrupted',
+  }
+  const figures = entry.figures ? `; ${describeFigures(entry.figures)}` : ''
+  return `${entry.at.slice(0, 19).replace('T', ' ')} UTC, ${entry.release}, ${words[entry.result]}${entry.seconds ? ` in ${entry.seconds} s` : ''}${figures}${entry.why ? `: ${entry.why}` : ''}`
+}
+
+/** Half-finished states by name, with the command that mends them. */
+function sayUnfinished(site: Site, now: Observed): void {
+  const situation = recognise(now)
+  const isWhole = situation.repairs.length === 0 && (situation.way === 'full' || situation.way === 'wait')
+  if (isWhole || situation.way === 'refuse') return
+  say(`\n${situation.sentence}`)
+  for (const repair of situation.repairs) say(`  to do: ${describeRepair(repair)}`)
+  say(`The next deploy does the rest: ${scriptCommand('deploy', site.envFile)}`)
+}

@@ -50,7 +50,7 @@ export function replacements(site: Site): [RegExp, string][] {
     [/\/var\/www\/bob\/traffic/, folders.traffic],
     [/\/var\/www\/bob\/uploads/, folders.uploads],
     [/bob\.strapi-pro\.com/, nginx.serverName],
-    [/\bbob_(?=master|slave|inflight|connection|tls)/, `${prefix}_`],
+    [/\bbob_(?=master|slave|inflight|connection|tls|\$slot)/, `${prefix}_`],
     [/(?<=log_format )bob\b|(?<= )bob(?=;$)/, prefix],
   ]
 }

@@ -1,6 +1,7 @@
 /** The nginx files: current, and what nginx really runs. */
 import type { Check } from '../checks.mts'
 import { readText } from '../envfile.mts'
+import { getUrl } from '../http.mts'
 import { render, rivals } from '../nginx.mts'
 import { isReadable } from '../proof.mts'
 import { scriptCommand } from '../settings.mts'
@@ -32,6 +33,28 @@ export const nginxChecks: Check[] = [
       return [
         { problem: `${site.nginx.confFile} differs from the shipped configuration`, fix, onlyWarn: true },
       ]
+    },
+  },
+  {
+    title: 'the public way',
+    check: async (site, way) => {
+      if (way === 'first') return []
+      const answer = await getUrl(site.probe.url, { dial: site.probe.dial }).catch((error: Error) => error)
+      const failure =
+        answer instanceof Error
+          ? answer.message
+          : answer.status < 400
+            ? undefined
+            : `${site.probe.url} answers ${answer.status}`
+      return failure
+        ? [
+            {
+              problem: `visitors are not served right now: ${failure}`,
+              fix: `see nginx's error log, or set PROBE_URL in ${site.envFile}`,
+              onlyWarn: true,
+            },
+          ]
+        : []
     },
   },
   {

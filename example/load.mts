@@ -1,7 +1,7 @@
 // Impatient visitors in one process: they prove that no request was lost and none was executed twice.
 //
-// Open loop: every request is sent when it is due, however slow the answers are, and its time counts from that
-// moment; a site that stalls shows as slow requests, not as fewer of them. Nothing is ever sent a second time,
+// Open loop: every request is sent when it is due, however slow the answers are, and its time counts from
+// then; a site that stalls shows as slow requests, not as fewer of them. Nothing is ever sent a second time,
 // not even when a kept connection turns out to be dead: a visitor would have lost it too.
 import { createHash, randomBytes } from 'node:crypto'
 import { Agent, request as httpRequest } from 'node:http'
@@ -9,7 +9,6 @@ import type { IncomingMessage } from 'node:http'
 import { Readable } from 'node:stream'
 import { text as textOf } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { WebSocket } from 'undici'
 
 export interface LoadOptions {
   /** For example http://127.0.0.1:8080; anything but loopback is refused. */
@@ -131,7 +130,7 @@ export function startLoad(options: LoadOptions): Load {
   let latestMs = 0
 
   // So many kept connections that each is idle for about two seconds between requests, as a reader's are: a
-  // site that drops idle visitors shows. The longest idle one goes first; when all are busy there is one more.
+  // site that drops idle visitors shows. The longest idle one goes first; when all are busy, one is added.
   const keptPerSecond = sum(kinds.map((kind) => (kind.fresh ? 0 : kind.perSecond)))
   const kept = Array.from({ length: Math.ceil(2 * keptPerSecond) }, () => site.connect())
 
@@ -229,7 +228,9 @@ export function describe(report: LoadReport): string[] {
       `longest gap between good answers ${count(report.longestGapMs)} ms`,
     `answered by ${spans.join(', then ') || 'no named release'}`,
     ...losses.slice(0, 2).map(([why, found]) => `lost ${why} (${span(found)})`),
-    ...(losses.length > 2 ? [`lost for ${losses.length - 2} other reasons`] : []),
+    ...(losses.length > 2
+      ? [`lost for other reasons: ${count(sum(losses.slice(2).map(([, found]) => found.length)))}`]
+      : []),
   ]
 }
 
@@ -345,8 +346,8 @@ function* slices(block: Buffer, tail: Buffer): Generator<Buffer> {
 }
 
 /**
- * What is asked of the site, and nothing else: no retry, no redirect, no proxy. Node's own client, since undici's
- * looks whether an idle connection was closed before it uses it; the request of a visitor far away cannot know.
+ * What is asked of the site, and nothing else: no retry, no redirect, no proxy. Node's own client, since
+ * undici's first looks whether an idle connection was closed; the request of a visitor far away cannot know.
  */
 function siteOf({ url, host, deadlineMs = 60_000 }: LoadOptions) {
   const { origin } = loopback(url)
@@ -437,7 +438,7 @@ function dueAt({ perSecond }: Kind, turn: number): number {
   return ((turn + Math.random()) * 1000) / perSecond
 }
 
-/** Time without a good answer counts while requests wait, and from a bad answer on until the next good one. */
+/** Time without a good answer counts while requests wait, and after a bad answer until the next good one. */
 function gapMeter() {
   let underWay = 0
   let since: number | undefined

@@ -29,9 +29,12 @@ export const build = (site: Site) => compose(site, '--progress', 'plain', 'build
 /** Removes a slot's container, so that a killed `up` never leaves a half-renamed one. It must be stopped. */
 export const remove = (site: Site, slot: SlotName) => slotCompose(site, slot, 'rm', '--force', '--stop')
 
-/** Starts a slot and nothing else: `--no-deps` keeps Compose from recreating PostgreSQL or Redis. STRAPI_VERSION as in build. */
+/**
+ * Starts a slot. `--no-recreate` leaves PostgreSQL and Redis as they are even when their definition changed; `--no-deps` would
+ * do so too, but Compose then hashes another definition, and the next plain `up` would recreate the slot. STRAPI_VERSION as in build.
+ */
 export const start = (site: Site, slot: SlotName) =>
-  slotCompose(site, slot, 'up', '--detach', '--no-deps', '--no-build')
+  slotCompose(site, slot, 'up', '--detach', '--no-recreate', '--no-build')
 
 /** PostgreSQL, Redis and the optional services that .env asks for. */
 export const startServices = (site: Site, services: string[]) => compose(site, 'up', '--detach', ...services)

@@ -1,0 +1,155 @@
+/** Sites of their own for the tests, the scripts run as an operator runs them, and ways to end them badly. */
+import { spawn, type ChildProcess } from 'node:child_process'
+import { randomBytes } from 'node:crypto'
+import { mkdtemp, readFile, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import { inject } from 'vitest'
+import * as engine from '../scripts/lib/engine.mts'
+import { readEnv, readText, setValues, writeEnv } from '../scripts/lib/envfile.mts'
+import { loadSite, projectRoot, type SlotName } from '../scripts/lib/settings.mts'
+import { observe, type Observed } from '../scripts/lib/slots.mts'
+import { removeOwnSite, writeOwnSite, type OwnSite } from '../example/site.mts'
+
+export interface Outcome {
+  code: number | null
+  stdout: string
+  stderr: string
+  /** With --json: all events. */
+  events: Event[]
+}
+
+export interface Event {
+  event: string
+  message: string
+  step?: string
+  [key: string]: unknown
+}
+
+export interface Running {
+  child: ChildProcess
+  outcome: Promise<Outcome>
+}
+
+export interface TestSite extends OwnSite {
+  /** Runs a script to its end. */
+  run(script: 'deploy' | 'setup', ...options: string[]): Promise<Outcome>
+  /** Starts a script with --json; `onEvent` sees each event as it comes. */
+  begin(
+    script: 'deploy' | 'setup',
+    options: string[],
+    onEvent?: (event: Event, child: ChildProcess) => void,
+  ): Running
+  observe(): Promise<Observed>
+  set(values: Record<string, string>): Promise<void>
+  /** What the tiny app of the next build does; {} is well-behaved. */
+  behave(behaviour: Record<string, unknown>): Promise<void>
+  containerId(slot: SlotName): Promise<string | undefined>
+  remove(): Promise<void>
+}
+
+/** A site with the tiny app, set up, not deployed yet. Ports: `port` and the next five. */
+export async function tinySite(port: number, settings: Record<string, string> = {}): Promise<TestSite> {
+  const site = await newSite(port, join(projectRoot, 'test/tiny'), {
+    STRAPI_DOCKERFILE: join(projectRoot, 'test/tiny/Dockerfile'),
+    HEALTH_INTERVAL: '0.2',
+    HEALTH_TIMEOUT: '20',
+    DRAIN_TIMEOUT: '20',
+    ...settings,
+  })
+  await writeFile(join(site.source, 'package.json'), '{ "name": "tiny" }\n')
+  await writeFile(join(site.source, 'package-lock.json'), '{}\n')
+  await mustSucceed(site.run('setup'))
+  return site
+}
+
+/** A site with the example's real Strapi, set up, not deployed yet. */
+export async function strapiSite(port: number, settings: Record<string, string> = {}): Promise<TestSite> {
+  const site = await newSite(port, join(projectRoot, 'example/strapi'), settings)
+  await mustSucceed(site.run('setup'))
+  return site
+}
+
+/** Fails the test with what the script said. */
+export async function mustSucceed(outcome: Promise<Outcome>): Promise<Outcome> {
+  const { code, stdout, stderr, events } = await outcome
+  if (code !== 0) throw new Error(`exit code ${code}\n${stdout}\n${stderr}`)
+  return { code, stdout, stderr, events }
+}
+
+/** The last event of a run with --json. */
+export function resultOf(outcome: Outcome): Event {
+  const result = outcome.events.at(-1)
+  if (result?.event !== 'result') throw new Error(`no result\n${outcome.stdout}\n${outcome.stderr}`)
+  return result
+}
+
+async function newSite(
+  port: number,
+  application: string,
+  settings: Record<string, string>,
+): Promise<TestSite> {
+  const project = `bob-test-${port}-${randomBytes(2).toString('hex')}`
+  const folder = await mkdtemp(join(tmpdir(), `${project}-`))
+  const own = await writeOwnSite({
+    folder,
+    project,
+    port,
+    application,
+    settings: { ...inject('baseImages'), ...settings },
+  })
+  const begin: TestSite['begin'] = (script, options, onEvent) =>
+    start(own, script, ['--json', ...options], onEvent)
+  return {
+    ...own,
+    begin,
+    run: (script, ...options) => start(own, script, options).outcome,
+    observe: async () => observe(await loadSite(own.envFile)),
+    set: async (values) => writeEnv(own.envFile, setValues((await readText(own.envFile)) ?? '', values)),
+    behave: (behaviour) => writeFile(join(own.source, 'behaviour.json'), JSON.stringify(behaviour)),
+    containerId: async (slot) => (await engine.container(`${project}-${slot}`))?.Id,
+    remove: () => removeOwnSite(own),
+  }
+}
+
+function start(
+  site: OwnSite,
+  script: string,
+  options: string[],
+  onEvent?: (event: Event, child: ChildProcess) => void,
+): Running {
+  const argv = [join(projectRoot, `scripts/${script}.mts`), '--env-file', site.envFile, ...options]
+  const child = spawn(process.execPath, argv, { stdio: ['ignore', 'pipe', 'pipe'], cwd: tmpdir() })
+  const collected: Outcome = { code: null, stdout: '', stderr: '', events: [] }
+  createInterface({ input: child.stdout }).on('line', (line) => {
+    collected.stdout += `${line}\n`
+    if (!options.includes('--json') || !line.startsWith('{')) return
+    const event = JSON.parse(line) as Event
+    collected.events.push(event)
+    onEvent?.(event, child)
+  })
+  child.stderr.on('data', (part: Buffer) => (collected.stderr += part.toString()))
+  const outcome = new Promise<Outcome>((resolve) =>
+    child.on('close', (code) => resolve({ ...collected, code })),
+  )
+  return { child, outcome }
+}
+
+/** Names and ids of a project's containers that run: to see that something changed nothing. */
+export async function containers(site: OwnSite): Promise<string[]> {
+  const services = ['strapi-master', 'strapi-slave', 'postgresql', 'redis']
+  const found = await Promise.all(services.map((service) => engine.serviceContainers(site.project, service)))
+  return found
+    .flat()
+    .map((one) => `${one.Config.Labels['com.docker.compose.service']} ${one.Id} ${one.State.Status}`)
+}
+
+/** Value of a key in the site's .env. */
+export async function settingOf(site: OwnSite, key: string): Promise<string | undefined> {
+  return (await readEnv(site.envFile))?.[key]
+}
+
+export async function accessLog(site: OwnSite): Promise<string> {
+  return await readFile(join(site.folder, 'nginx/access.log'), 'utf8')
+}

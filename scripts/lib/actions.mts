@@ -50,7 +50,13 @@ export async function build(site: Site, release: string): Promise<void> {
 /** Starts a slot on a release, in a fresh container. */
 export async function start(site: Site, slot: SlotName, release: string): Promise<void> {
   await change(`start ${slot} on ${release}`, async () => {
-    await run(compose.remove(site, slot))
+    const old = await engine.container(site.slots[slot].container)
+    const owner = old?.Config.Labels['com.docker.compose.project']
+    if (old && owner !== site.project)
+      throw new Error(
+        `a container of another project has the name ${site.slots[slot].container} (${owner ?? 'made by hand'})`,
+      )
+    if (old) await run(compose.remove(site, slot))
     await run(compose.start(site, slot), { env: { STRAPI_VERSION: release } })
   })
 }

@@ -26,8 +26,8 @@ function slotCompose(site: Site, slot: SlotName, ...rest: string[]): string[] {
 /** Run with STRAPI_VERSION=release in the environment. */
 export const build = (site: Site) => compose(site, '--progress', 'plain', 'build', 'strapi-master')
 
-/** Removes a slot's container, so that a killed `up` never leaves a half-renamed one. It must be stopped. */
-export const remove = (site: Site, slot: SlotName) => slotCompose(site, slot, 'rm', '--force', '--stop')
+/** Removes a slot's container, so that a killed `up` never leaves a half-renamed one. */
+export const remove = (site: Site, slot: SlotName) => ['docker', 'rm', '--force', site.slots[slot].container]
 
 /**
  * Starts a slot. `--no-recreate` leaves PostgreSQL and Redis as they are even when their definition changed; `--no-deps` would

@@ -92,6 +92,8 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
   await endLeftovers(site)
   const situation = await look(site)
   await runChecks(site, situation.way)
+  // Without a running database nobody can tell what an older release would drop.
+  if (rollback && situation.way === 'first') await act.startServices(site)
   const target = rollback ? await releases.rollbackTarget(site, situation.live, rollback) : undefined
   await mend(site, situation)
   await noteLiveRelease(site, situation.live)

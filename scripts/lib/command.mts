@@ -10,16 +10,19 @@ export interface RunOptions {
   cwd?: string
   timeoutMs?: number
   signal?: AbortSignal
+  /** For what goes on running afterwards: it must not look like something that a killed run left behind. */
+  daemon?: boolean
   /** Gets each line of stdout and stderr as it comes. */
   onLine?: (line: string) => void
 }
 
 /** Names our children in /proc, so that the next run finds those which a kill left behind. */
 const marker = 'BLUE_GREEN_PROJECT'
+let mark: Record<string, string> = {}
 
-/** Marks every command of this process as belonging to `project`. */
+/** Marks every further command of this process as belonging to `project`. */
 export function markCommands(project: string): void {
-  process.env[marker] = project
+  mark = { [marker]: project }
 }
 
 /**
@@ -30,7 +33,7 @@ export function markCommands(project: string): void {
 export async function run(argv: string[], options: RunOptions = {}): Promise<string> {
   const child = $({
     stdio: ['ignore', 'pipe', 'pipe'],
-    env: { ...process.env, ...options.env },
+    env: { ...process.env, ...(options.daemon ? {} : mark), ...options.env },
     cwd: options.cwd ?? process.cwd(),
     detached: true,
     quiet: true,

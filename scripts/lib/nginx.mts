@@ -100,7 +100,7 @@ async function reloadOrStart(site: Site): Promise<void> {
     () => false,
   )
   const isHostNginx = command.length === 1
-  await run(hasSystemd && isHostNginx ? ['systemctl', 'start', 'nginx'] : command)
+  await run(hasSystemd && isHostNginx ? ['systemctl', 'start', 'nginx'] : command, { daemon: true })
 }
 
 /** A reload is asynchronous: new workers take over some milliseconds later. */

@@ -4,7 +4,7 @@ import { ask, run } from './command.mts'
 import { removeImage, tag as tagImage } from './compose.mts'
 import * as engine from './engine.mts'
 import { goodReleases, readHistory, recordedSchema, type Entry } from './history.mts'
-import { change, exitCodes, Problem, warn } from './report.mts'
+import { change, exitCodes, explain, Problem, warn } from './report.mts'
 import { droppedBy, readSchema } from './schema.mts'
 import { scriptCommand, type Site } from './settings.mts'
 
@@ -136,12 +136,19 @@ export async function nameHandMade(site: Site): Promise<string | undefined> {
 
 /** Removes images that no rollback needs. A failure is only shown: the deploy has gone well. */
 export async function prune(site: Site, live: string): Promise<void> {
-  try {
-    const tags = (await engine.tags(site.image)).map(({ tag }) => tag)
-    for (const old of outdated(tags, await readHistory(site), live, site.keepReleases)) {
-      await change(`remove the image of ${old}`, () => run(removeImage(`${site.image}:${old}`)))
-    }
-  } catch (error) {
-    warn(`old images were not removed: ${String(error)}`)
+  const tags = await engine.tags(site.image).catch(() => [])
+  const old = outdated(
+    tags.map(({ tag }) => tag),
+    await readHistory(site),
+    live,
+    site.keepReleases,
+  )
+  for (const release of old) {
+    const removal = change(`remove the image of ${release}`, () =>
+      run(removeImage(`${site.image}:${release}`)),
+    )
+    await removal.catch((error: unknown) =>
+      warn(`the image of ${release} was not removed: ${explain(error)}`),
+    )
   }
 }

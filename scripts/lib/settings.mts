@@ -109,7 +109,7 @@ const required = [
 ]
 const ports = ['MASTER_PORT', 'SLAVE_PORT', 'CONTROL_PORT']
 const numbers = { HEALTH_INTERVAL: 0.1, HEALTH_TIMEOUT: 1, DRAIN_TIMEOUT: 0, KEEP_RELEASES: 1 }
-const names = ['COMPOSE_PROJECT_NAME', 'NETWORK_NAME', 'STRAPI_IMAGE', 'POSTGRES_USER', 'POSTGRES_DB']
+const names = ['NETWORK_NAME', 'STRAPI_IMAGE', 'POSTGRES_USER', 'POSTGRES_DB']
 
 /** Everything wrong with the values themselves, one sentence each. */
 export function problemsOf(values: Record<string, string>): string[] {
@@ -120,6 +120,10 @@ export function problemsOf(values: Record<string, string>): string[] {
   }
   for (const key of required) check(value(key) !== '', `${key} is empty`)
   for (const key of names) check(/^[\w][\w./-]*$/.test(value(key)), `${key} is not a name: "${value(key)}"`)
+  check(
+    /^[a-z0-9][a-z0-9_-]*$/.test(value('COMPOSE_PROJECT_NAME')),
+    'COMPOSE_PROJECT_NAME may hold a-z, 0-9, _ and - only',
+  )
   for (const key of ports) {
     check(/^\d+$/.test(value(key)) && Number(value(key)) < 65_536, `${key} is not a port: "${value(key)}"`)
   }

@@ -1,5 +1,6 @@
 /** Killed, restarted or disturbed anywhere: visitors stay served, and the next run mends it. The tiny app stands for Strapi. */
-import { readFile } from 'node:fs/promises'
+import { readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
@@ -9,7 +10,7 @@ import { compose } from '../scripts/lib/compose.mts'
 import { loadSite } from '../scripts/lib/settings.mts'
 import { startEngine } from '../scripts/lib/install.mts'
 import * as engine from '../scripts/lib/engine.mts'
-import { containers, mustSucceed, resultOf, tinySite, type TestSite } from './harness.mts'
+import { containers, mustSucceed, resultOf, settingOf, tinySite, type TestSite } from './harness.mts'
 
 let site: TestSite
 
@@ -92,6 +93,35 @@ describe('a deploy that is killed with -9', () => {
       await expectWhole(resultOf(outcome).release)
     },
   )
+})
+
+describe('a build that does not get to its end', () => {
+  let dockerfile: string
+  beforeAll(async () => {
+    dockerfile = (await settingOf(site, 'STRAPI_DOCKERFILE')) ?? ''
+    const slow = join(site.folder, 'Dockerfile')
+    await writeFile(
+      slow,
+      `${await readFile(dockerfile, 'utf8')}\nUSER root\nRUN echo started ${site.project} && sleep 600\n`,
+    )
+    await site.set({ STRAPI_DOCKERFILE: slow })
+  })
+  afterAll(() => site.set({ STRAPI_DOCKERFILE: dockerfile }))
+
+  test('because of Ctrl-C is ended with the deploy', async () => {
+    const outcome = await deployAnd('1/7', 3000, (pid) => void process.kill(pid, 'SIGINT'))
+    expect(outcome.code).toBe(130)
+    expect(await orphans(site.project)).toEqual([])
+  })
+
+  test('because of kill -9 is ended by the next run', async () => {
+    await deployAnd('1/7', 3000, (pid) => void process.kill(pid, 'SIGKILL'))
+    expect((await orphans(site.project)).length).toBeGreaterThan(0)
+    await site.set({ STRAPI_DOCKERFILE: dockerfile })
+    const outcome = await mustSucceed(site.begin('deploy', []).outcome)
+    expect(outcome.stdout).toContain('left commands behind')
+    await expectWhole(resultOf(outcome).release)
+  })
 })
 
 describe('a deploy that is disturbed', () => {

@@ -230,7 +230,7 @@ async function look(site: Site): Promise<Situation> {
     }
     if (Date.now() > deadline) {
       throw new Problem(
-        exitCodes.failed,
+        exitCodes.degraded,
         `${situation.sentence} for ${site.health.timeoutMs / 1000} s`,
         `Look at: ${composeCommand(site, 'ps')}`,
       )

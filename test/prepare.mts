@@ -1,6 +1,7 @@
 /** Once before all tests: the engine, Compose, nginx and the base images, installed and started if they are not there. */
 import type { TestProject } from 'vitest/node'
 import { baseImages } from '../example/images.mts'
+import { ask, run } from '../scripts/lib/command.mts'
 import { installSoftware, missingSoftware } from '../scripts/lib/install.mts'
 
 declare module 'vitest' {
@@ -13,6 +14,10 @@ declare module 'vitest' {
 export default async function prepare(project: TestProject): Promise<void> {
   const missing = await missingSoftware()
   if (missing.length > 0) await installSoftware(missing)
+  // Some tests make a repository or a certificate.
+  for (const name of ['git', 'openssl']) {
+    if ((await ask([name, 'version'])) === undefined) await run(['apt-get', 'install', '--yes', '--quiet', name])
+  }
   const { settings } = await baseImages()
   project.provide('baseImages', settings)
 }

@@ -1,9 +1,20 @@
 /** Reads and edits .env files: comments, order and untouched lines stay as they are. */
-import { chmod, chown, open, readFile, rename, rm, stat } from 'node:fs/promises'
+import { chmod, chown, open, readFile, realpath, rename, rm, stat } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { parse } from 'dotenv'
+import { exitCodes, Problem } from './report.mts'
 
-const assignment = /^\s*(?:export\s+)?([\w.-]+)\s*=\s*(.*)$/
+/** One assignment as dotenv and Compose read it: key, value with its quotes (of several lines, too), comment behind it. */
+const assignment =
+  /^[^\S\r\n]*(?:export\s+)?([\w.-]+)[^\S\r\n]*=([^\S\r\n]*'[^']*'|[^\S\r\n]*"(?:\\[^]|[^"\\])*"|[^\r\n]*?)([^\S\r\n]+#[^\r\n]*)?[^\S\r\n]*$/gm
+
+interface Assignment {
+  key: string
+  raw: string
+  comment: string
+  from: number
+  to: number
+}
 
 /** The file's values, or undefined when there is no file. */
 export async function readEnv(path: string): Promise<Record<string, string> | undefined> {
@@ -21,55 +32,79 @@ export async function readText(path: string): Promise<string | undefined> {
   }
 }
 
-/** Sets values in place; a key that is not there is added at the end. The last of several equal keys counts, as in dotenv. */
+/**
+ * Sets values in place; a key that is not there is added at the end. The last of several equal keys counts, as in dotenv.
+ * @throws Problem (usage) for a value that dotenv and Compose cannot both read
+ */
 export function setValues(text: string, values: Record<string, string>): string {
-  const lines = text.split('\n')
-  const missing: string[] = []
+  let changed = text
   for (const [key, value] of Object.entries(values)) {
-    const at = lines.findLastIndex((line) => assignment.exec(line)?.[1] === key)
-    if (at === -1) missing.push(`${key}=${quote(value)}`)
-    else lines[at] = `${key}=${quote(value)}`
+    const line = `${key}=${quote(key, value)}`
+    const old = lastOf(changed, key)
+    changed = old
+      ? `${changed.slice(0, old.from)}${line}${old.comment}${changed.slice(old.to)}`
+      : `${endedLine(changed)}${line}${lineEnd(text)}`
   }
-  if (missing.length === 0) return lines.join('\n')
-  const body = lines.join('\n').replace(/\n*$/, '')
-  return `${body === '' ? '' : `${body}\n`}${missing.join('\n')}\n`
+  return changed
 }
 
 /** Adds the keys of `example` that `text` lacks, each with its comment, behind the key that precedes it there. */
 export function addMissing(text: string, example: string): string {
   const known = parse(text)
-  const lines = text.replace(/\n*$/, '').split('\n')
+  const end = lineEnd(text)
+  let changed = endedLine(text)
   let previous: string | undefined
-  let comments: string[] = []
-  for (const line of example.split('\n')) {
-    const key = assignment.exec(line)?.[1]
-    if (key === undefined) {
-      comments = line.startsWith('#') && !line.startsWith('# ---') ? [...comments, line] : []
-      continue
-    }
+  for (const { key, from, to } of assignments(example)) {
     if (!(key in known)) {
-      const after =
-        previous === undefined ? -1 : lines.findLastIndex((one) => assignment.exec(one)?.[1] === previous)
-      lines.splice(after === -1 && previous !== undefined ? lines.length : after + 1, 0, ...comments, line)
+      const lines = [...commentAbove(example.slice(0, from)), example.slice(from, to)]
+      const before = previous === undefined ? undefined : lastOf(changed, previous)
+      const at = before ? changed.indexOf('\n', before.to) + 1 : previous === undefined ? 0 : changed.length
+      changed = `${changed.slice(0, at)}${lines.join(end)}${end}${changed.slice(at)}`
     }
     previous = key
-    comments = []
   }
-  return `${lines.join('\n')}\n`
+  return changed
 }
 
-/** Keys whose value Compose would expand because a $ is not inside single quotes. dotenv and Strapi would not. */
+/** Keys whose value Compose and dotenv (and so Strapi) read differently: a $, a # or backticks outside quotes. */
 export function expandedKeys(text: string): string[] {
-  return text.split('\n').flatMap((line) => {
-    const [, key, value] = assignment.exec(line) ?? []
-    return key !== undefined && value !== undefined && !value.startsWith("'") && /\$[\w{$]/.test(value)
-      ? [key]
-      : []
+  return assignments(text).flatMap(({ key, raw }) => {
+    const value = raw.trim()
+    if (value.startsWith("'") && value.endsWith("'")) return []
+    const isBare = !value.startsWith('"')
+    return /\$[\w{$]/.test(value) || (isBare && /#|^`/.test(value)) ? [key] : []
   })
 }
 
+function assignments(text: string): Assignment[] {
+  return [...text.matchAll(assignment)].map((found) => {
+    const [all, key = '', raw = '', comment = ''] = found
+    return { key, raw, comment, from: found.index, to: found.index + all.length }
+  })
+}
+
+function lastOf(text: string, key: string): Assignment | undefined {
+  return assignments(text).findLast((one) => one.key === key)
+}
+
+/** The lines of comment right above, without the title of a section. */
+function commentAbove(text: string): string[] {
+  const lines = text.split(/\r?\n/).slice(0, -1)
+  const start = lines.findLastIndex((line) => !line.startsWith('#') || line.startsWith('# ---')) + 1
+  return lines.slice(start)
+}
+
+function lineEnd(text: string): string {
+  return text.includes('\r\n') ? '\r\n' : '\n'
+}
+
+function endedLine(text: string): string {
+  return text === '' || text.endsWith('\n') ? text : `${text}${lineEnd(text)}`
+}
+
 /** Replaces the file in one step, readable by its owner alone; owner stays. The old or the new text survives a power cut. */
-export async function writeEnv(path: string, text: string): Promise<void> {
+export async function writeEnv(link: string, text: string): Promise<void> {
+  const path = await realpath(link).catch(() => link)
   const before = await stat(path).catch(() => undefined)
   const temporary = `${path}.new`
   await rm(temporary, { force: true })
@@ -96,8 +131,15 @@ export async function syncFolder(path: string): Promise<void> {
   }
 }
 
-/** Single quotes keep Compose and dotenv from expanding anything; a value with one gets double quotes. */
-function quote(value: string): string {
+/** The first way of writing that dotenv and Compose read alike: dotenv knows no escapes but \n, Compose expands a $ outside single quotes. */
+function quote(key: string, value: string): string {
   if (/^[\w./:@%+,=-]*$/.test(value)) return value
-  return value.includes("'") ? `"${value}"` : `'${value}'`
+  if (!/'|\\$/.test(value)) return `'${value}'`
+  if (!/["$\\]/.test(value)) return `"${value}"`
+  if (/^[^\s"'`][^\r\n#$\\]*$/.test(value) && value === value.trim()) return value
+  throw new Problem(
+    exitCodes.usage,
+    `${key} mixes quotes with other signs: no .env can hold it for both Compose and Strapi`,
+    'Choose a value without quotes or backslashes.',
+  )
 }

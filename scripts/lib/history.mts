@@ -1,5 +1,5 @@
 /** What earlier deploys did: one JSON object a line, appended and synced. Saves time; is never believed against what is seen. */
-import { mkdir, open, readFile } from 'node:fs/promises'
+import { mkdir, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { readText } from './envfile.mts'
 import type { Figures } from './proof.mts'
@@ -19,7 +19,7 @@ export interface Entry {
 
 export async function readHistory(site: Site): Promise<Entry[]> {
   const text = (await readText(historyFile(site))) ?? ''
-  return text.split('\n').flatMap(parseLine)
+  return text.split('\n').flatMap((line) => parseTorn<Entry>(line))
 }
 
 /** Appends an entry, and keeps the schema that this release runs on. */
@@ -37,8 +37,8 @@ export async function remember(
 
 /** Schema that a release ran on, if it was ever recorded. */
 export async function recordedSchema(site: Site, release: string): Promise<Schema | undefined> {
-  const text = await readFile(schemaFile(site, release), 'utf8').catch(() => undefined)
-  return text === undefined ? undefined : (JSON.parse(text) as Schema)
+  const text = (await readText(schemaFile(site, release))) ?? ''
+  return parseTorn<Schema>(text)[0]
 }
 
 /** Good releases, oldest first, each once, at the place where it first went well. */
@@ -47,12 +47,12 @@ export function goodReleases(history: Entry[]): string[] {
   return [...new Set(good.map((entry) => entry.release))]
 }
 
-function parseLine(line: string): Entry[] {
-  if (!line.trim()) return []
+/** What the text holds, or nothing when a power cut has torn it; the entries around it are whole. */
+function parseTorn<T>(text: string): T[] {
+  if (!text.trim()) return []
   try {
-    return [JSON.parse(line) as Entry]
+    return [JSON.parse(text) as T]
   } catch (error) {
-    // Torn by a power cut; the entries around it are whole.
     if (error instanceof SyntaxError) return []
     throw error
   }

@@ -44,10 +44,12 @@ export async function lockHolder(project: string): Promise<Holder | undefined> {
     socket.setEncoding('utf8')
     socket.setTimeout(1000, () => socket.destroy(new Error('no answer')))
     socket.on('data', (part: string) => (text += part))
-    socket.on('end', () => resolve(JSON.parse(text) as Holder))
+    const unknown = { pid: 0, command: 'a process that does not answer', since: '' }
+    // It may be killed before it has said who it is.
+    socket.on('end', () => resolve(text.endsWith('}') ? (JSON.parse(text) as Holder) : unknown))
     socket.on('error', (error) => {
       const free = 'code' in error && error.code === 'ECONNREFUSED'
-      resolve(free ? undefined : { pid: 0, command: 'a process that does not answer', since: '' })
+      resolve(free ? undefined : unknown)
     })
   })
 }

@@ -26,7 +26,8 @@ export async function render(site: Site): Promise<string> {
 export function replacements(site: Site): [RegExp, string][] {
   const { nginx, folders, slots } = site
   // Names of upstreams, zones and variables are shared by all sites of one nginx.
-  const prefix = site.project.replaceAll(/\W/g, '_')
+  // $2bob would be the second part of the last match, and "bob".
+  const prefix = site.project.replaceAll(/\W/g, '_').replace(/^(?=\d)/, '_')
   const tls: [RegExp, string][] = nginx.tls
     ? [
         [/#tls# /, ''],

@@ -61,7 +61,7 @@ export function parseLine(line: string): LogLine | undefined {
   const endedAt = Math.round(Number(ended) * 1000)
   return {
     status: Number(status),
-    upstream: upstream.split(/,? :? ?/).at(-1) ?? '',
+    upstream: upstream === '-' ? '' : (upstream.split(/,? :? ?/).at(-1) ?? ''),
     endedAt,
     startedAt: endedAt - Math.round(Number(took) * 1000),
     complete: complete === 'OK',
@@ -88,7 +88,8 @@ export function countLines(
     )
     if (line.status === 101) counted.webSocketsEnded += wasCut ? 1 : 0
     else if (line.status >= 502 && line.status <= 504) counted.failed += 1
-    else if (wasCut && !line.complete) counted.failed += 1
+    // nginx calls an answer that its upstream broke off complete; a visitor who left (499) was not cut by us.
+    else if (wasCut && line.status !== 499) counted.failed += 1
     else if (line.status >= 500) counted.applicationErrors += 1
   }
   return counted
@@ -155,6 +156,8 @@ async function linesSince(path: string, from: { ino: number; size: number }): Pr
   if (!now) return undefined
   const lines: LogLine[] = []
   if (now.ino === from.ino) {
+    // Emptied meanwhile: what was in it is gone.
+    if (now.size < from.size) return undefined
     await readFrom(path, from.size, lines)
   } else {
     const rotated = await stat(`${path}.1`).catch(() => undefined)

@@ -1,5 +1,4 @@
 /** Releases: their names, their images, which may be rolled back to and which may go. */
-import { relative } from 'node:path'
 import { ask, run } from './command.mts'
 import { removeImage, tag as tagImage } from './compose.mts'
 import * as engine from './engine.mts'
@@ -29,12 +28,13 @@ export function isReleaseName(tag: string): boolean {
 
 /** Short commit of the application, "-dirty" when its folder differs from it; empty when it is in no repository. */
 async function commitOf(folder: string): Promise<string> {
-  const git = (...rest: string[]) => ask(['git', '-C', folder, ...rest])
-  const top = (await git('rev-parse', '--show-toplevel'))?.trim()
+  // git refuses what belongs to another user; whoever deploys builds and runs that code anyway.
+  const git = (...rest: string[]) =>
+    ask(['git', '-c', 'safe.directory=*', '-c', 'core.fsmonitor=false', '-C', folder, ...rest])
   const commit = (await git('rev-parse', '--short=7', 'HEAD'))?.trim()
   // The folder must belong to the repository, not only lie in its tree.
   const tracked = await git('ls-files', '--', '.')
-  if (!top || !commit || !tracked?.trim() || relative(top, folder).startsWith('..')) return ''
+  if (!commit || !tracked?.trim()) return ''
   const changes = await git('status', '--porcelain', '--', '.')
   return changes?.trim() ? `${commit}-dirty` : commit
 }
@@ -54,7 +54,7 @@ export function previousRelease(history: Entry[], live: string | undefined): str
 /** Tags that no rollback needs: none of the newest `keep` good ones, not live, not of the newest failed one. Only tags that we gave. */
 export function outdated(tags: string[], history: Entry[], live: string, keep: number): string[] {
   const good = goodReleases(history)
-  const others = good.filter((release) => release !== live)
+  const others = good.filter((release) => release !== live && tags.includes(release))
   const kept = new Set([live, ...others.slice(Math.max(0, others.length - (keep - 1)))])
   const newestFailed = tags
     .filter((tag) => isReleaseName(tag) && !good.includes(tag) && tag !== live)

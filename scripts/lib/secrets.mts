@@ -1,7 +1,7 @@
 /** Writes both .env files: missing keys from the examples, empty secrets generated, values that are there never touched. */
 import { randomBytes } from 'node:crypto'
 import { access, chown } from 'node:fs/promises'
-import { join, relative } from 'node:path'
+import { join, relative, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { addMissing, readEnv, readText, setValues, writeEnv } from './envfile.mts'
 import { change, detail, warn } from './report.mts'
@@ -44,7 +44,7 @@ export async function writeDockerEnv(path: string): Promise<void> {
     (await readEnv(join(projectRoot, 'docker', values.STRAPI_SOURCE ?? '', '.env'))) ??
     (await readEnv(join(values.STRAPI_SOURCE ?? '', '.env')))
   const made: Record<string, string> = {}
-  const hasDatabase = await exists(join(values.POSTGRES_VOLUME ?? '', 'PG_VERSION'))
+  const hasDatabase = await mayHoldDatabase(resolve(projectRoot, 'docker', values.POSTGRES_VOLUME ?? ''))
   for (const [key, theirs] of [
     ['POSTGRES_PASSWORD', 'DATABASE_PASSWORD'],
     ['REDIS_PASSWORD', 'REDIS_PASSWORD'],
@@ -106,6 +106,14 @@ function dockerfileFor(source: string): string {
   const dockerfile = join(projectRoot, 'docker/strapi/Dockerfile')
   if (source.startsWith('/')) return dockerfile
   return relative(join(projectRoot, 'docker', source), dockerfile)
+}
+
+/** A folder that this user may not look into is taken for one. */
+async function mayHoldDatabase(folder: string): Promise<boolean> {
+  return await access(join(folder, 'PG_VERSION')).then(
+    () => true,
+    (error: NodeJS.ErrnoException) => error.code !== 'ENOENT',
+  )
 }
 
 async function exists(path: string): Promise<boolean> {

@@ -73,7 +73,8 @@ export async function loadSite(envFile = resolve(projectRoot, 'docker/.env')): P
 
   const wrong = [
     ...expandedKeys(text).map(
-      (key) => `${key} holds a $, which Compose would expand: put the value in single quotes`,
+      (key) =>
+        `${key} holds a $ or #, which Compose and Strapi read differently: put the value in single quotes`,
     ),
     ...problemsOf(values),
   ]
@@ -101,15 +102,23 @@ export function composeCommand(site: Site, rest: string): string {
 }
 
 const required = [
+  'STRAPI_SOURCE',
+  'STRAPI_DOCKERFILE',
+  'STRAPI_HOST',
   'UPLOADS_VOLUME',
   'POSTGRES_VOLUME',
+  'BACKUP_DIR',
+  'TRAFFIC_DIR',
+  'ACCESS_LOG',
+  'NGINX_CONF_DIR',
+  'NGINX_COMMAND',
   'POSTGRES_PASSWORD',
   'REDIS_PASSWORD',
   'STRAPI_VERSION',
 ]
 const ports = ['MASTER_PORT', 'SLAVE_PORT', 'CONTROL_PORT']
 const numbers = { HEALTH_INTERVAL: 0.1, HEALTH_TIMEOUT: 1, DRAIN_TIMEOUT: 0, KEEP_RELEASES: 1 }
-const names = ['NETWORK_NAME', 'STRAPI_IMAGE', 'POSTGRES_USER', 'POSTGRES_DB']
+const names = ['NETWORK_NAME', 'POSTGRES_USER', 'POSTGRES_DB']
 
 /** Everything wrong with the values themselves, one sentence each. */
 export function problemsOf(values: Record<string, string>): string[] {
@@ -124,8 +133,15 @@ export function problemsOf(values: Record<string, string>): string[] {
     /^[a-z0-9][a-z0-9_-]*$/.test(value('COMPOSE_PROJECT_NAME')),
     'COMPOSE_PROJECT_NAME may hold a-z, 0-9, _ and - only',
   )
+  check(
+    /^[a-z0-9][a-z0-9._/-]*$/.test(value('STRAPI_IMAGE')),
+    `STRAPI_IMAGE is not a name: "${value('STRAPI_IMAGE')}"`,
+  )
   for (const key of ports) {
-    check(/^\d+$/.test(value(key)) && Number(value(key)) < 65_536, `${key} is not a port: "${value(key)}"`)
+    check(
+      /^[1-9]\d{0,4}$/.test(value(key)) && Number(value(key)) < 65_536,
+      `${key} is not a port: "${value(key)}"`,
+    )
   }
   check(new Set(ports.map(value)).size === ports.length, `${ports.join(', ')} must be three different ports`)
   for (const [key, least] of Object.entries(numbers)) {
@@ -141,7 +157,8 @@ export function problemsOf(values: Record<string, string>): string[] {
     'TLS_CERTIFICATE and TLS_CERTIFICATE_KEY belong together',
   )
   check(
-    value('PROBE_URL') === '' || URL.canParse(value('PROBE_URL')),
+    value('PROBE_URL') === '' ||
+      (/^https?:\/\//.test(value('PROBE_URL')) && URL.canParse(value('PROBE_URL'))),
     `PROBE_URL is not a URL: "${value('PROBE_URL')}"`,
   )
   check(
@@ -191,11 +208,11 @@ function siteOf(envFile: string, values: Record<string, string>): Site {
     },
     nginx: {
       command: value('NGINX_COMMAND').split(/\s+/),
-      confFile: resolve(value('NGINX_CONF_DIR'), `${value('SERVER_NAME')}.conf`),
+      confFile: resolve(folder('NGINX_CONF_DIR'), `${value('SERVER_NAME')}.conf`),
       serverName: value('SERVER_NAME'),
       listen,
       control: `127.0.0.1:${value('CONTROL_PORT')}`,
-      accessLog: value('ACCESS_LOG'),
+      accessLog: folder('ACCESS_LOG'),
       tls,
     },
     health: {

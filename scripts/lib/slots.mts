@@ -11,6 +11,8 @@ export interface SlotState {
   release: string | undefined
   imageId: string | undefined
   startedAt: string | undefined
+  /** Whether the engine starts it again after a crash or a reboot. */
+  comesBack: boolean
 }
 
 export interface Observed {
@@ -36,11 +38,24 @@ export async function observe(site: Site): Promise<Observed> {
 
 async function slotState(site: Site, slot: SlotName): Promise<SlotState> {
   const found = await engine.container(site.slots[slot].container)
-  if (!found) return { status: 'absent', release: undefined, imageId: undefined, startedAt: undefined }
+  if (!found)
+    return {
+      status: 'absent',
+      release: undefined,
+      imageId: undefined,
+      startedAt: undefined,
+      comesBack: false,
+    }
   const release = found.Config.Image.startsWith(`${site.image}:`)
     ? found.Config.Image.slice(site.image.length + 1)
     : undefined
-  return { status: statusOf(found), release, imageId: found.Image, startedAt: found.State.StartedAt }
+  return {
+    status: statusOf(found),
+    release,
+    imageId: found.Image,
+    startedAt: found.State.StartedAt,
+    comesBack: found.HostConfig.RestartPolicy.Name !== 'no',
+  }
 }
 
 /** The engine's words in ours. A container that the engine keeps restarting is unhealthy, not booting. */

@@ -32,7 +32,7 @@ export function recognise(now: Observed): Situation {
 
   if (healthy.master && now.flag === master) return masterServes(now)
   if (healthy.slave && now.flag === slave) {
-    return healthy.master && now.master.release === now.slave.release ? bothServe(now) : slaveServes(now, [])
+    return healthy.master && isSameRelease(now) ? bothServe(now) : slaveServes(now, [])
   }
   if (healthy.master) return masterServes(now, [{ do: 'route', to: master }])
   // A booting slot answers soon; whether it will serve is not known yet.
@@ -47,7 +47,12 @@ export function recognise(now: Observed): Situation {
 }
 
 function masterServes(now: Observed, first: Repair[] = []): Situation {
-  const repairs = [...first, ...retire(slave, now.slave), ...pin(now, now.master)]
+  const repairs = [
+    ...first,
+    ...keep(master, now.master, first),
+    ...retire(slave, now.slave),
+    ...pin(now, now.master),
+  ]
   const also = isRunning(now.slave) ? ', slave is left from an earlier run' : ''
   return {
     sentence: `master serves ${nameOf(now.master)}${also}`,
@@ -58,7 +63,12 @@ function masterServes(now: Observed, first: Repair[] = []): Situation {
 }
 
 function slaveServes(now: Observed, first: Repair[]): Situation {
-  const repairs = [...first, ...retire(master, now.master), ...pin(now, now.slave)]
+  const repairs = [
+    ...first,
+    ...keep(slave, now.slave, first),
+    ...retire(master, now.master),
+    ...pin(now, now.slave),
+  ]
   return {
     sentence: `only slave serves ${nameOf(now.slave)}, master is ${now.master.status}`,
     repairs,
@@ -84,7 +94,11 @@ function waitFor(slot: string, now: Observed): Situation {
 
 function nobodyIsHealthy(now: Observed): Situation {
   if (isRunning(now.slave) && (now.flag === slave || !isRunning(now.master))) {
-    const situation = slaveServes(now, now.flag === slave ? [] : [{ do: 'keep', slot: slave }])
+    const first: Repair[] = [
+      { do: 'keep', slot: slave },
+      { do: 'flag', to: slave },
+    ]
+    const situation = slaveServes(now, now.flag === slave ? [] : first)
     return { ...situation, sentence: `slave is unhealthy on ${nameOf(now.slave)}: visitors may see errors` }
   }
   const flag: Repair[] = now.flag === slave ? [{ do: 'flag', to: master }] : []
@@ -112,10 +126,20 @@ function retire(slot: SlotName, state: SlotState): Repair[] {
     : [{ do: 'stop', slot }]
 }
 
+/** Killed in the middle of a move, a run may leave the serving slot without a restart; to route to it restores that, too. */
+function keep(slot: SlotName, state: SlotState, first: Repair[]): Repair[] {
+  return state.comesBack || first.length > 0 ? [] : [{ do: 'keep', slot }]
+}
+
 function pin(now: Observed, live: SlotState): Repair[] {
   return live.release === undefined || live.release === now.pinned
     ? []
     : [{ do: 'pin', release: live.release }]
+}
+
+/** Two images that nobody named are the same release only when they are the same image. */
+function isSameRelease({ master: one, slave: other }: Observed): boolean {
+  return one.release === other.release && (one.release !== undefined || one.imageId === other.imageId)
 }
 
 function isRunning(state: SlotState): boolean {

@@ -1,5 +1,5 @@
 /** Who may see what, reckoned from owners and modes: a deploy need not be root to know it. */
-import { readFile, stat } from 'node:fs/promises'
+import { readFile, realpath, stat } from 'node:fs/promises'
 import { dirname } from 'node:path'
 
 export interface Account {
@@ -20,11 +20,13 @@ export async function accountOf(user: string): Promise<Account | undefined> {
 /** The first folder on the way to `path`, or `path` itself, that the account may not enter and list; undefined when all is open. */
 export async function mayReach(account: Account, path: string): Promise<string | undefined> {
   if (account.uid === 0) return undefined
-  for (const folder of [...parents(path), path]) {
+  // A link has to be reachable, and so has what it leads to.
+  const real = await realpath(path).catch(() => path)
+  for (const folder of [...parents(path), ...parents(real), real]) {
     const found = await stat(folder).catch(() => undefined)
     if (!found) return undefined
     const shift = found.uid === account.uid ? 6 : account.gids.includes(found.gid) ? 3 : 0
-    const wanted = folder === path ? 0o5 : 0o1
+    const wanted = folder === real ? 0o5 : 0o1
     if (((found.mode >> shift) & wanted) !== wanted) return folder
   }
   return undefined

@@ -44,23 +44,12 @@ describe('setting values', () => {
 
 const plain = ['', 'plain', 'a b', ' lead', 'trail ', 'a=b', 'é', '!~;&|*', 'a,b:c@d%e+f/g.h-i=']
 const quoted = ["it's", 'say "x"', "'quoted'", '"quoted"', 'back`tick', "it's `x`", "it's #1"]
-const signs = [
-  'a#b',
-  'a #b',
-  'a$b',
-  '$HOME',
-  'a${HOME}b',
-  '$$',
-  'a\\b',
-  'a\\nb',
-  "it's \\ x",
-  'a\nb',
-  "it's\nb",
-]
+const signs = ['a#b', 'a #b', 'a$b', '$HOME', 'a${HOME}b', '$$', 'a\\b', 'a\\nb', 'a\nb', "it's\nb"]
 const hard = [
   `it's "x"`,
   "it's $HOME",
   "it's $$x",
+  "it's \\ x",
   "it's a\\nb",
   "it's a\\tb",
   'a\\',
@@ -103,7 +92,7 @@ describe('keys that an update of the example brings', () => {
     [
       'come without the title of their section',
       'A=1\n',
-      'A=\n\n# --- Title ---\n\n# b\nB=2\n',
+      'A=\n\n# --- Title ---\n# b\nB=2\n',
       'A=1\n# b\nB=2\n',
     ],
     ['come without a comment that stands apart', 'A=1\n', 'A=\n# apart\n\nB=2\n', 'A=1\nB=2\n'],

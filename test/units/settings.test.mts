@@ -40,7 +40,7 @@ describe('an operator is told what is wrong', () => {
     ['NETWORK_NAME', '-x', 'NETWORK_NAME is not a name: "-x"'],
     ['STRAPI_IMAGE', 'bob:latest', 'STRAPI_IMAGE is not a name: "bob:latest"'],
     // Compose takes lower-case project names only, the engine lower-case image names only.
-    ['COMPOSE_PROJECT_NAME', 'BoB', 'COMPOSE_PROJECT_NAME is not a name: "BoB"'],
+    ['COMPOSE_PROJECT_NAME', 'BoB', 'COMPOSE_PROJECT_NAME may hold a-z, 0-9, _ and - only'],
     ['STRAPI_IMAGE', 'BoB', 'STRAPI_IMAGE is not a name: "BoB"'],
     ['SERVER_NAME', 'a.com b.com', 'SERVER_NAME is empty or holds a space'],
     ['HTTP_LISTEN', 'http', 'HTTP_LISTEN is neither a port nor address:port'],

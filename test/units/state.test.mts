@@ -9,7 +9,13 @@ type Short = 'master' | 'slave'
 
 function slot(status: SlotStatus, release: string | undefined): SlotState {
   const known = status === 'absent' ? undefined : release
-  return { status, release: known, imageId: known && `sha256:${known}`, startedAt: undefined }
+  return {
+    status,
+    release: known,
+    imageId: known && `sha256:${known}`,
+    startedAt: undefined,
+    comesBack: true,
+  }
 }
 
 /** Master has release `old`, which .env names, and slave has `new`, unless told otherwise. */
@@ -303,15 +309,15 @@ describe('whatever is found', () => {
 })
 
 test.each<[string, SlotStatus, Container['State']]>([
-  ['running without a health check', 'healthy', state('running')],
-  ['running and healthy', 'healthy', state('running', 'healthy')],
-  ['running and not asked yet', 'booting', state('running', 'starting')],
-  ['running and not answering', 'unhealthy', state('running', 'unhealthy')],
-  ['started again and again', 'unhealthy', state('restarting', 'starting')],
-  ['paused', 'unhealthy', state('paused', 'healthy')],
-  ['made, never started', 'stopped', state('created')],
-  ['exited', 'stopped', state('exited', 'healthy')],
-  ['half removed', 'stopped', state('dead')],
+  ['running without a health check', 'healthy', engineState('running')],
+  ['running and healthy', 'healthy', engineState('running', 'healthy')],
+  ['running and not asked yet', 'booting', engineState('running', 'starting')],
+  ['running and not answering', 'unhealthy', engineState('running', 'unhealthy')],
+  ['started again and again', 'unhealthy', engineState('restarting', 'starting')],
+  ['paused', 'unhealthy', engineState('paused', 'healthy')],
+  ['made, never started', 'stopped', engineState('created')],
+  ['exited', 'stopped', engineState('exited', 'healthy')],
+  ['half removed', 'stopped', engineState('dead')],
 ])('a container that is %s counts as %s', (_, expected, found) => {
   const container: Container = {
     Id: '',
@@ -336,7 +342,14 @@ test.each<[string, Repair]>([
   expect(describeRepair(repair)).toBe(sentence)
 })
 
-function state(status: string, health?: string): Container['State'] {
+function engineState(status: string, health?: string): Container['State'] {
   const times = { StartedAt: '', FinishedAt: '', ExitCode: 0 }
   return { Status: status, ...times, ...(health ? { Health: { Status: health } } : {}) }
 }
+
+test('a serving slot that a killed move left without a restart gets it back', () => {
+  const master = { ...slot('healthy', 'old'), comesBack: false }
+  expect(answer(observed('healthy', 'absent', 'master', { master }))).toBe('full, keep master')
+  const slave = { ...slot('healthy', 'new'), comesBack: false }
+  expect(answer(observed('stopped', 'healthy', 'slave', { slave, pinned: 'new' }))).toBe('resume, keep slave')
+})

@@ -1,6 +1,6 @@
 /** Folders and disks: there, writable by who writes, visible to who reads. */
 import { access, constants, stat, statfs } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import type { Check, Finding } from '../checks.mts'
 import * as engine from '../engine.mts'
 import { strapiUid } from '../folders.mts'
@@ -101,8 +101,8 @@ export const folderChecks: Check[] = [
       const keys = ['FIREBASE_CREDENTIALS', 'APNS_KEY']
       const found = await Promise.all(
         keys.map(async (key): Promise<Finding[]> => {
-          const path = site.values[key] ?? ''
-          if (path === '' || path === '/dev/null') return []
+          if (!site.values[key] || site.values[key] === '/dev/null') return []
+          const path = resolve(site.root, 'docker', site.values[key])
           const file = await stat(path).catch(() => undefined)
           if (!file?.isFile())
             return [

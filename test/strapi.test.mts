@@ -32,7 +32,7 @@ afterAll(async () => {
 })
 
 const light = { getsPerSecond: 50, postsPerSecond: 20, slowBodiesPerSecond: 1, slowBodyMs: 6000 }
-const heavy = { ...light, slowBodyMs: 8000, slowAnswersPerSecond: 1, uploadsPerSecond: 0.5 }
+const heavy = { ...light, slowBodyMs: 8000, slowAnswersPerSecond: 1, uploadsPerSecond: 0.25 }
 
 /** What visitors got from a second before `action` until a second after it. */
 async function visitorsDuring<T>(
@@ -120,7 +120,7 @@ describe('a good deploy', () => {
 
     expectNobodyLost(report, 1500)
     for (const kind of ['GET', 'GET fresh', 'POST', 'POST fresh', 'slow body', 'slow answer', 'upload']) {
-      expect(report.kinds[kind]?.ok, kind).toBeGreaterThan(10)
+      expect(report.kinds[kind]?.ok, kind).toBeGreaterThan(5)
     }
     expect(await sql('SELECT count(*), count(DISTINCT token) FROM pings')).toBe(
       `${report.tokens}|${report.tokens}`,

@@ -1,0 +1,13 @@
+import type { Core } from '@strapi/strapi'
+
+const cronTasks = {
+  countPings: {
+    options: { rule: '* * * * *' },
+    task: async ({ strapi }: { strapi: Core.Strapi }) => {
+      const count = await strapi.documents('api::ping.ping').count({})
+      strapi.log.info(`[CRON] ${count} pings`)
+    },
+  },
+}
+
+export default cronTasks

@@ -154,6 +154,17 @@ export const settingChecks: Check[] = [
         : [],
   },
   {
+    title: 'base images',
+    check: async (site) => {
+      const keys = ['NODE_IMAGE', 'POSTGRES_IMAGE', 'REDIS_IMAGE', 'LIVEKIT_IMAGE']
+      const standIns = keys.filter((key) => site.values[key]?.startsWith('bob-standin/'))
+      const fix = `take ${standIns.join(', ')} out of ${site.envFile} for the official images`
+      const problem = 'the base images are stand-ins from Debian packages: for the trial and the tests only'
+      // The trial may; a site that serves everybody may not.
+      return standIns.length > 0 ? [{ problem, fix, onlyWarn: site.nginx.listen.startsWith('127.') }] : []
+    },
+  },
+  {
     title: 'development folder',
     check: async (site) => {
       const folder = site.values.STRAPI_VOLUME ?? ''

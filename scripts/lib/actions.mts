@@ -141,7 +141,7 @@ export async function repair(site: Site, step: Repair): Promise<void> {
     case 'flag':
       return await change(describeRepair(step), () => traffic.setFlag(site, step.to))
     case 'drain':
-      return await drain(site, step.slot).catch((error: unknown) => warn(`not waited: ${String(error)}`))
+      return await drain(site, step.slot)
     case 'stop':
       return await stop(site, step.slot)
     case 'keep':

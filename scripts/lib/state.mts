@@ -50,7 +50,7 @@ function masterServes(now: Observed, first: Repair[] = []): Situation {
   const repairs = [
     ...first,
     ...keep(master, now.master, first),
-    ...retire(slave, now.slave),
+    ...retire(slave, now),
     ...pin(now, now.master),
   ]
   const also = isRunning(now.slave) ? ', slave is left from an earlier run' : ''
@@ -63,12 +63,7 @@ function masterServes(now: Observed, first: Repair[] = []): Situation {
 }
 
 function slaveServes(now: Observed, first: Repair[]): Situation {
-  const repairs = [
-    ...first,
-    ...keep(slave, now.slave, first),
-    ...retire(master, now.master),
-    ...pin(now, now.slave),
-  ]
+  const repairs = [...first, ...keep(slave, now.slave, first), ...retire(master, now), ...pin(now, now.slave)]
   return {
     sentence: `only slave serves ${nameOf(now.slave)}, master is ${now.master.status}`,
     repairs,
@@ -79,11 +74,7 @@ function slaveServes(now: Observed, first: Repair[]): Situation {
 
 /** An earlier run stopped between its steps 6 and 7. */
 function bothServe(now: Observed): Situation {
-  const repairs: Repair[] = [
-    { do: 'route', to: master },
-    ...retire(slave, now.slave),
-    ...pin(now, now.master),
-  ]
+  const repairs: Repair[] = [{ do: 'route', to: master }, ...retire(slave, now), ...pin(now, now.master)]
   const sentence = `slave serves ${nameOf(now.slave)} and master is ready on it: an earlier run did not finish`
   return { sentence, repairs, way: 'full', live: now.master.release }
 }
@@ -106,7 +97,7 @@ function nobodyIsHealthy(now: Observed): Situation {
     const sentence = `master is unhealthy on ${nameOf(now.master)}: visitors may see errors`
     return {
       sentence,
-      repairs: [...flag, ...retire(slave, now.slave), ...pin(now, now.master)],
+      repairs: [...flag, ...retire(slave, now), ...pin(now, now.master)],
       way: 'full',
       live: now.master.release,
     }
@@ -114,16 +105,13 @@ function nobodyIsHealthy(now: Observed): Situation {
   return { sentence: 'nothing runs: visitors are not served', repairs: flag, way: 'first', live: undefined }
 }
 
-/** A slot that gets no new visitors is stopped once its last request has ended. */
-function retire(slot: SlotName, state: SlotState): Repair[] {
+/** A slot that gets no new visitors is stopped once its last request has ended; there must be one that takes them. */
+function retire(slot: SlotName, now: Observed): Repair[] {
+  const [state, other] = slot === master ? [now.master, now.slave] : [now.slave, now.master]
   if (!isRunning(state)) return []
-  const answering = state.status === 'healthy' || state.status === 'unhealthy'
-  return answering
-    ? [
-        { do: 'drain', slot },
-        { do: 'stop', slot },
-      ]
-    : [{ do: 'stop', slot }]
+  const isAnswering = state.status === 'healthy' || state.status === 'unhealthy'
+  const drain: Repair[] = isAnswering && other.status === 'healthy' ? [{ do: 'drain', slot }] : []
+  return [...drain, { do: 'stop', slot }]
 }
 
 /** Killed in the middle of a move, a run may leave the serving slot without a restart; to route to it restores that, too. */

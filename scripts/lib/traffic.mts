@@ -1,5 +1,5 @@
 /** Moves visitors between the slots: one flag file that nginx looks at for each request, and nginx's own word for what it does. */
-import { access, open, rm } from 'node:fs/promises'
+import { access, open, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from './envfile.mts'
 import { getUrl } from './http.mts'
@@ -104,22 +104,50 @@ export async function setFlag(site: Site, slot: SlotName): Promise<void> {
 }
 
 /**
- * Waits until nginx has no request under way for a slot that gets no new ones.
- * @returns false when some were left after DRAIN_TIMEOUT
+ * Waits until a slot that gets no new requests can be stopped: nginx counts none under way for it, has no connection to it
+ * (a request of the other slot may have fallen back on it), and reaches the serving slot itself.
+ * @returns false when requests were left after DRAIN_TIMEOUT
+ * @throws Problem when the serving slot does not answer by itself: nginx still needs the one that was to be stopped
  */
 export async function drained(site: Site, slot: SlotName): Promise<boolean> {
   const deadline = Date.now() + site.drainTimeoutMs
+  const serving = slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
   // Twice: a request that chose the slot just before the move may not be counted yet.
-  for (let idle = 0; idle < 2;) {
-    const { status } = await getUrl(`http://${site.nginx.control}/idle/${shortName(slot)}`)
-    if (status !== 200 && status !== 409)
-      throw new Error(`nginx answered ${status} when asked whether ${slot} is idle`)
-    idle = status === 200 ? idle + 1 : 0
-    if (idle === 2) break
-    if (Date.now() > deadline) return false
+  for (let idle = 0; ;) {
+    idle = (await isIdle(site, slot)) ? idle + 1 : 0
+    const address = await reached(site, serving).catch((error: Error) => error.message)
+    const isAlone = address === site.slots[serving].address
+    if (idle >= 2 && isAlone) return true
+    if (Date.now() > deadline && isAlone) return false
+    // A serving slot that is only slow for a moment gets the same time again.
+    if (Date.now() > deadline + Math.max(site.drainTimeoutMs, 10_000)) {
+      throw new Problem(
+        exitCodes.degraded,
+        `visitors are meant for ${serving}, but nginx reaches ${address}: ${slot} is still needed and keeps running`,
+        `Look at the load of this host and at ${serving}, then: ${scriptCommand('deploy', site.envFile)}`,
+      )
+    }
     await pause(100)
   }
-  return true
+}
+
+async function isIdle(site: Site, slot: SlotName): Promise<boolean> {
+  const { status } = await getUrl(`http://${site.nginx.control}/idle/${shortName(slot)}`)
+  if (status !== 200 && status !== 409) {
+    throw new Error(`nginx answered ${status} when asked whether ${slot} is idle`)
+  }
+  return status === 200 && (await connectionsTo(site.slots[slot].address)) === 0
+}
+
+/** Connections from this host to an IPv4 address, from the kernel's table. https://docs.kernel.org/networking/proc_net_tcp.html */
+export async function connectionsTo(address: string): Promise<number> {
+  const [host = '', port = ''] = address.split(':')
+  const hex = (value: string) => Number(value).toString(16).toUpperCase().padStart(2, '0')
+  // Addresses are in the byte order of the machine, which is little-endian wherever this runs.
+  const wanted = `${host.split('.').toReversed().map(hex).join('')}:${hex(port).padStart(4, '0')}`
+  const established = '01'
+  const rows = (await readFile('/proc/net/tcp', 'utf8')).split('\n').map((row) => row.trim().split(/\s+/))
+  return rows.filter(([, , remote, state]) => remote === wanted && state === established).length
 }
 
 async function until(site: Site, timeoutMs: number, probe: () => Promise<string | undefined>): Promise<void> {

@@ -78,8 +78,8 @@ describe('a deploy that finds two releases', () => {
     ['unhealthy', 'stopped', 'slave', 'full, flag master'],
     ['unhealthy', 'booting', 'master', 'wait'],
     ['unhealthy', 'booting', 'slave', 'wait'],
-    ['unhealthy', 'unhealthy', 'master', 'full, drain slave, stop slave'],
-    ['unhealthy', 'unhealthy', 'slave', 'resume, drain master, stop master, pin new'],
+    ['unhealthy', 'unhealthy', 'master', 'full, stop slave'],
+    ['unhealthy', 'unhealthy', 'slave', 'resume, stop master, pin new'],
     ['unhealthy', 'healthy', 'master', 'resume, keep slave, route slave, drain master, stop master, pin new'],
     ['unhealthy', 'healthy', 'slave', 'resume, drain master, stop master, pin new'],
     ['healthy', 'absent', 'master', 'full'],
@@ -233,11 +233,12 @@ describe('whatever is found', () => {
         ),
     ],
     [
-      'a slot that answers is given time for its last requests before it is stopped',
+      'a slot that answers is given time for its last requests before it is stopped, when another takes the new ones',
       (now) =>
         recognise(now).repairs.every(
           (repair, at, all) =>
             repair.do !== 'stop' ||
+            ![now.master, now.slave].some(({ status }) => status === 'healthy') ||
             !['healthy', 'unhealthy'].includes(stateOf(now, repair.slot).status) ||
             (all[at - 1]?.do === 'drain' && brief(all[at - 1] ?? repair) === `drain ${short(repair.slot)}`),
         ),

@@ -231,6 +231,35 @@ describe('a master that breaks after slave has taken over', () => {
   })
 })
 
+describe('nginx, while only master runs', () => {
+  test('does not refuse everybody because a few answers were errors', async () => {
+    await site.behave({ smokeStatus: 503 })
+    await site.set({ SMOKE_PATHS: '/_health' })
+    await mustSucceed(site.run('deploy'))
+    visitors()
+    // Three of them, and nginx takes master for dead.
+    for (let sent = 0; sent < 30; sent += 1) {
+      expect((await getUrl(`${site.url}/admin/init`)).status).toBeGreaterThanOrEqual(502)
+      await sleep(100)
+    }
+    expectNobodyLost(await visited())
+  })
+
+  test('passes visitors on without a loss when master is stopped and slave runs', async () => {
+    await up('--profile', 'blue-green', 'up', '--detach', '--wait', 'strapi-slave')
+    visitors()
+    await sleep(1000)
+    await up('stop', 'strapi-master')
+    await sleep(3000)
+    const report = await visited()
+    // What was under way on master when it was stopped by hand is lost; what came afterwards is not.
+    expect(report.lost.filter((loss) => loss.at > 2500 && !/slow|upload/.test(loss.kind))).toEqual([])
+    expect(report.sent).toBeGreaterThan(200)
+    await up('start', 'strapi-master')
+    await mustSucceed(site.run('deploy'))
+  })
+})
+
 describe('a rollback', () => {
   test('brings the last good release back without a loss', async () => {
     const first = resultOf(await mustSucceed(site.begin('deploy', []).outcome)).release

@@ -2,6 +2,7 @@
 import { parseArgs } from 'node:util'
 import * as act from './lib/actions.mts'
 import { runChecks } from './lib/checks.mts'
+import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
 import { smoke, untilHealthy } from './lib/health.mts'
 import { readHistory, remember, type Entry } from './lib/history.mts'
@@ -54,7 +55,7 @@ await report.main(async () => {
   report.configureReport({ json: options.json, dryRun: options['dry-run'] })
   refuseNonsense(options, positionals)
   const waitMs = parseDuration(options.wait ?? '0')
-  const site = await loadSite(options['env-file'])
+  const site = await loadSite(options['env-file'], { alsoWrong: applicationProblems })
   if (options.status) return await showStatus(site)
 
   const lock = report.isDryRun()

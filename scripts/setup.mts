@@ -5,10 +5,10 @@ import { findings, runChecks } from './lib/checks.mts'
 import { markCommands } from './lib/command.mts'
 import { installSoftware, missingSoftware } from './lib/install.mts'
 import { describeHolder, lockHolder, parseDuration, takeLock } from './lib/lock.mts'
-import { install as installNginx, isInstallable } from './lib/nginx.mts'
+import { install as installNginx, isInstallable, revive } from './lib/nginx.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
-import { loadSite, projectRoot, scriptCommand } from './lib/settings.mts'
+import { loadSite, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
 import { makeFolders } from './lib/folders.mts'
 import { observe } from './lib/slots.mts'
 import { recognise, type Way } from './lib/state.mts'
@@ -53,21 +53,27 @@ await report.main(async () => {
   if (options.check) return await onlyLook(envFile)
 
   await step('1/5', 'Software', () => software(options.install ?? false))
-  await step('2/5', 'Settings', () => writeDockerEnv(envFile))
-  const site = await loadSite(envFile)
-  markCommands(site.project)
-  const lock = report.isDryRun() ? undefined : await takeLock(site.project, 'setup', waitMs)
+  const lock = report.isDryRun() ? undefined : await takeLock(await projectOf(envFile), 'setup', waitMs)
   try {
-    await writeApplicationEnv(site)
+    const site = await step('2/5', 'Settings', async () => {
+      const text = await writeDockerEnv(envFile)
+      const loaded = await loadSite(envFile, { text })
+      markCommands(loaded.project)
+      await writeApplicationEnv(loaded)
+      return loaded
+    })
     await step('3/5', 'Folders', () => makeFolders(site))
     await step('4/5', 'nginx', async () => {
       const found = await differences(site)
       if (found.length === 0 && !options['replace-nginx'])
         return detail('runs this site’s configuration already')
+      if (!options['replace-nginx'] && !report.isDryRun() && (await revive(site)))
+        return detail('runs this site’s configuration again')
       const obstacle = await isInstallable(site)
       if (obstacle) return warn(obstacle)
       await report.change(`install ${site.nginx.confFile}, test and reload nginx`, () => installNginx(site))
     })
+    if (report.isDryRun()) return say('Nothing was changed.')
     await step('5/5', 'Checks', async () => runChecks(site, await wayOf(site)))
     say(`This host is ready. Next: ${scriptCommand('deploy', site.envFile)}`)
   } finally {

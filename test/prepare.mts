@@ -16,7 +16,8 @@ export default async function prepare(project: TestProject): Promise<void> {
   if (missing.length > 0) await installSoftware(missing)
   // Some tests make a repository or a certificate.
   for (const name of ['git', 'openssl']) {
-    if ((await ask([name, 'version'])) === undefined) await run(['apt-get', 'install', '--yes', '--quiet', name])
+    if ((await ask([name, 'version'])) === undefined)
+      await run(['apt-get', 'install', '--yes', '--quiet', name])
   }
   const { settings } = await baseImages()
   project.provide('baseImages', settings)

@@ -53,7 +53,12 @@ export async function tags(repository: string): Promise<{ tag: string; id: strin
 
 /** Containers of one Compose service, running or not. */
 export async function serviceContainers(project: string, service: string): Promise<Container[]> {
-  const label = [`com.docker.compose.project=${project}`, `com.docker.compose.service=${service}`]
+  // The last one tells them from what was started by hand: an image that Compose built carries the other two.
+  const label = [
+    `com.docker.compose.project=${project}`,
+    `com.docker.compose.service=${service}`,
+    'com.docker.compose.oneoff=False',
+  ]
   const found = (await get<{ Id: string }[]>(`/containers/json?all=true&filters=${filter({ label })}`)) ?? []
   const containers = await Promise.all(found.map((one) => container(one.Id)))
   return containers.filter((one) => one !== undefined)

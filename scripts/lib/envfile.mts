@@ -50,6 +50,7 @@ export function setValues(text: string, values: Record<string, string>): string 
 
 /** Adds the keys of `example` that `text` lacks, each with its comment, behind the key that precedes it there. */
 export function addMissing(text: string, example: string): string {
+  if (text.trim() === '') return example
   const known = parse(text)
   const end = lineEnd(text)
   let changed = endedLine(text)
@@ -74,6 +75,18 @@ export function expandedKeys(text: string): string[] {
     const isBare = !value.startsWith('"')
     return /\$[\w{$]/.test(value) || (isBare && /#|^`/.test(value)) ? [key] : []
   })
+}
+
+/** Numbers of the lines that are neither blank, comment nor assignment, or that open a quote for good. Compose refuses them and shows their values. */
+export function unreadableLines(text: string): number[] {
+  const found = assignments(text)
+  const numberAt = (at: number) => text.slice(0, at).split('\n').length
+  const isOpen = ({ raw }: Assignment) => /^\s*(?:"(?!(?:\\[^]|[^"\\])*"$)|'(?![^']*'$))/.test(raw)
+  let rest = text
+  for (const { from, to } of found)
+    rest = rest.slice(0, from) + rest.slice(from, to).replaceAll(/[^\n]/g, ' ') + rest.slice(to)
+  const others = rest.split('\n').flatMap((line, at) => (/^\s*(#|$)/.test(line) ? [] : [at + 1]))
+  return [...others, ...found.filter(isOpen).map(({ from }) => numberAt(from))]
 }
 
 function assignments(text: string): Assignment[] {
@@ -112,6 +125,9 @@ export async function writeEnv(link: string, text: string): Promise<void> {
   try {
     await file.writeFile(text)
     await file.sync()
+  } catch (error) {
+    await rm(temporary, { force: true })
+    throw error
   } finally {
     await file.close()
   }

@@ -56,9 +56,10 @@ export function replacements(site: Site): [RegExp, string][] {
   ]
 }
 
-/** User that nginx's workers run as, from its main configuration file. */
-export async function workerUser(site: Site): Promise<string> {
-  const dump = (await ask([...site.nginx.command, '-T'])) ?? ''
+/** User that nginx's workers run as, from its main configuration file; undefined when nginx does not tell. */
+export async function workerUser(site: Site): Promise<string | undefined> {
+  const dump = await ask([...site.nginx.command, '-T'])
+  if (dump === undefined) return undefined
   return /^\s*user\s+(\S+?)[\s;]/m.exec(dump)?.[1] ?? 'nobody'
 }
 
@@ -90,6 +91,18 @@ export async function install(site: Site): Promise<void> {
   }
   await reloadOrStart(site)
   await untilLive(site)
+}
+
+/** Makes nginx run what is installed, if it will: it may only have been stopped. @returns whether that is this site */
+export async function revive(site: Site): Promise<boolean> {
+  if ((await readText(site.nginx.confFile)) === undefined) return false
+  if ((await ask([...site.nginx.command, '-t'])) === undefined) return false
+  await reloadOrStart(site)
+  for (let tries = 0; tries < 10; tries += 1) {
+    if ((await differences(site)).length === 0) return true
+    await sleep(100)
+  }
+  return false
 }
 
 async function reloadOrStart(site: Site): Promise<void> {
@@ -134,15 +147,17 @@ export async function rivals(site: Site): Promise<string[]> {
   return found
 }
 
+/** A folder that is not there yet is made in the nearest one that is. */
+async function mayWrite(folder: string): Promise<boolean> {
+  return await access(folder, constants.W_OK).then(
+    () => true,
+    (error: NodeJS.ErrnoException) => error.code === 'ENOENT' && mayWrite(dirname(folder)),
+  )
+}
+
 /** Why this process cannot install the configuration, or undefined. */
 export async function isInstallable(site: Site): Promise<string | undefined> {
   if ((await ask([...site.nginx.command, '-v'])) === undefined) return 'nginx is missing'
   const folder = dirname(site.nginx.confFile)
-  const writable = await access(folder, constants.W_OK).then(
-    () => true,
-    () => false,
-  )
-  return writable || (await ask(['mkdir', '-p', folder])) !== undefined
-    ? undefined
-    : `${folder} is not writable by this user: run this with sudo`
+  return (await mayWrite(folder)) ? undefined : `${folder} is not writable by this user: run this with sudo`
 }

@@ -36,7 +36,7 @@ export const knownExample =
   /^(monMotDePasse|password|secret|changeme|change-me|admin|postgres|redis|strapi|tobemodified|sTDqA5LKNRM5)/i
 
 /** Adds to docker/.env what it lacks. An existing database keeps its password: none is made up for it. */
-export async function writeDockerEnv(path: string): Promise<void> {
+export async function writeDockerEnv(path: string): Promise<string> {
   const before = await readText(path)
   let text = addMissing(before ?? '', (await readText(exampleFile)) ?? '')
   const values = parse(text)
@@ -61,6 +61,7 @@ export async function writeDockerEnv(path: string): Promise<void> {
     made.STRAPI_DOCKERFILE = dockerfileFor(values.STRAPI_SOURCE ?? '')
   text = setValues(text, made)
   await writeChanged(path, before, text)
+  return text
 }
 
 /** The same for the application's .env, from its own example where it has one. */

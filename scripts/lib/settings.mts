@@ -1,5 +1,6 @@
 /** Every setting of a site, from one place: the environment beats .env, .env beats .env.example. */
 import { dirname, resolve } from 'node:path'
+import { parse } from 'dotenv'
 import { expandedKeys, readEnv, readText } from './envfile.mts'
 import { exitCodes, Problem } from './report.mts'
 
@@ -56,10 +57,13 @@ export const exampleFile = resolve(projectRoot, 'docker/.env.example')
  * @param envFile path as typed, relative to the current folder; default `docker/.env`
  * @throws Problem (usage) that lists everything missing or wrong
  */
-export async function loadSite(envFile = resolve(projectRoot, 'docker/.env')): Promise<Site> {
+export async function loadSite(
+  envFile = resolve(projectRoot, 'docker/.env'),
+  { text, alsoWrong }: { text?: string | undefined; alsoWrong?: (site: Site) => Promise<string[]> } = {},
+): Promise<Site> {
   const path = resolve(envFile)
-  const text = await readText(path)
-  const file = await readEnv(path)
+  text ??= await readText(path)
+  const file = text === undefined ? undefined : parse(text)
   if (text === undefined || file === undefined) {
     throw new Problem(
       exitCodes.usage,
@@ -79,6 +83,7 @@ export async function loadSite(envFile = resolve(projectRoot, 'docker/.env')): P
     ...problemsOf(values),
   ]
   if (wrong.length > 0) {
+    wrong.push(...((await alsoWrong?.(siteOf(path, values))) ?? []))
     const list = wrong.map((line) => `\n  - ${line}`).join('')
     throw new Problem(
       exitCodes.usage,
@@ -87,6 +92,12 @@ export async function loadSite(envFile = resolve(projectRoot, 'docker/.env')): P
     )
   }
   return siteOf(path, values)
+}
+
+/** COMPOSE_PROJECT_NAME, also where the other settings are not complete yet. */
+export async function projectOf(envFile: string): Promise<string> {
+  const values = { ...(await readEnv(exampleFile)), ...(await readEnv(envFile)) }
+  return process.env.COMPOSE_PROJECT_NAME ?? values.COMPOSE_PROJECT_NAME ?? ''
 }
 
 /** The command of one of our scripts for this settings file, as an operator types it in the project's folder. */

@@ -118,7 +118,7 @@ function sendError(response, status, message) {
   send(response, status, { data: null, error: { status, message } })
 }
 
-const server = createServer(async (request, response) => {
+async function answer(request, response) {
   response.setHeader('x-release', RELEASE)
   const { pathname, searchParams } = new URL(request.url, 'http://localhost')
   const route = routes[`${request.method} ${pathname}`]
@@ -129,7 +129,9 @@ const server = createServer(async (request, response) => {
     console.error(error)
     if (!response.headersSent) sendError(response, error instanceof SyntaxError ? 400 : 500, error.message)
   }
-})
+}
+
+const server = createServer((request, response) => void answer(request, response))
 
 // --- /ws echoes text of up to 125 bytes and answers pings: all that holding a socket needs (RFC 6455) ------
 

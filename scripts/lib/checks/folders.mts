@@ -126,7 +126,7 @@ export const folderChecks: Check[] = [
 
 async function workerSees(site: Site): Promise<Finding[]> {
   const user = await workerUser(site)
-  const account = await accountOf(user)
+  const account = user === undefined ? undefined : await accountOf(user)
   if (!account) return []
   const found: Finding[] = []
   for (const [key, path] of Object.entries({

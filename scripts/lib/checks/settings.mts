@@ -5,7 +5,7 @@ import { parse } from 'dotenv'
 import type { Check, Finding } from '../checks.mts'
 import { ask, run } from '../command.mts'
 import { compose } from '../compose.mts'
-import { expandedKeys, readEnv } from '../envfile.mts'
+import { expandedKeys, readEnv, readText, unreadableLines } from '../envfile.mts'
 import { appSecrets, connection, knownExample } from '../secrets.mts'
 import { scriptCommand, type Site } from '../settings.mts'
 
@@ -120,6 +120,9 @@ export const settingChecks: Check[] = [
   {
     title: 'compose file',
     check: async (site) => {
+      // Compose would show the value that it cannot read.
+      const text = (await readText(join(site.source, '.env'))) ?? ''
+      if (expandedKeys(text).length + unreadableLines(text).length > 0) return []
       // Without the engine's plugin the check of the software says enough; without the application's .env the one above.
       if (
         (await ask(['docker', 'compose', 'version'])) === undefined ||
@@ -189,6 +192,11 @@ export const settingChecks: Check[] = [
   },
 ]
 
+/** What the application's own .env lacks: asked also when docker/.env is not fit for more. */
+export async function applicationProblems(site: Site): Promise<string[]> {
+  return (await compareEnvs(site)).map(({ problem }) => problem)
+}
+
 export function usesLiveKit(site: Site): boolean {
   return (site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit')
 }
@@ -205,6 +213,11 @@ async function compareEnvs(site: Site): Promise<Finding[]> {
       fix: 'put the value in single quotes',
     }
   })
+  for (const number of unreadableLines(text))
+    found.push({
+      problem: `line ${number} of ${path} is not of the form KEY=value`,
+      fix: 'mend it; a quote needs a second one',
+    })
   for (const [key, wanted] of Object.entries(connection)) {
     const value = 'key' in wanted ? site.values[wanted.key] : wanted.constant
     const source = 'key' in wanted ? `${wanted.key} in ${site.envFile}` : `"${wanted.constant}"`

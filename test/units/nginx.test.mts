@@ -69,7 +69,10 @@ test.each<[string, Record<string, string>, string[], string[]]>([
   [
     'the ports of the slots swapped',
     { MASTER_PORT: '1338', SLAVE_PORT: '1337' },
-    ['"master":"127.0.0.1:1338","slave":"127.0.0.1:1337"', 'server 127.0.0.1:1338 max_fails=3 fail_timeout=2s;                    # strapi-master'],
+    [
+      '"master":"127.0.0.1:1338","slave":"127.0.0.1:1337"',
+      'server 127.0.0.1:1338 max_fails=3 fail_timeout=2s;                    # strapi-master',
+    ],
     [],
   ],
   [

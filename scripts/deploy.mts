@@ -16,6 +16,7 @@ import { composeCommand, loadSite, scriptCommand, type Site, type SlotName } fro
 import { observe } from './lib/slots.mts'
 import { recognise, type Situation } from './lib/state.mts'
 import { showStatus } from './lib/status.mts'
+import { flagged } from './lib/traffic.mts'
 
 const usage = `
 Puts a new release of the Strapi site live without losing a request.
@@ -127,7 +128,10 @@ async function replaceMaster(run: Run): Promise<Proof> {
   const { site, release } = run
   // No impact yet.
   try {
-    await step('2/7', `Start slave on ${release}`, () => act.start(site, 'strapi-slave', release))
+    await step('2/7', `Start slave on ${release}`, async () => {
+      await act.awaitForgotten(site, 'strapi-slave')
+      await act.start(site, 'strapi-slave', release)
+    })
     await step('3/7', 'Wait until slave is healthy', () => fitForVisitors(run, 'strapi-slave'))
   } catch (error) {
     throw await slaveFailed(run, error)
@@ -154,7 +158,10 @@ async function finishFromSlave(run: Run, proof?: Proof): Promise<Proof> {
   const { site, release } = run
   const counting = proof ?? (await startProof(site))
   try {
-    await step('5/7', `Start master on ${release}`, () => act.start(site, 'strapi-master', release))
+    await step('5/7', `Start master on ${release}`, async () => {
+      await act.awaitForgotten(site, 'strapi-master')
+      await act.start(site, 'strapi-master', release)
+    })
     await step('6/7', 'Wait until master is healthy', () => fitForVisitors(run, 'strapi-master'))
     await step('7/7', 'Send visitors back to master, let slave finish, stop it', async () => {
       await act.route(site, 'strapi-master')
@@ -318,12 +325,10 @@ async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
   )
 }
 
-/** Step 4: either nobody has moved yet, or slave serves. */
+/** Step 4: either nobody has moved yet, or slave serves and both keep running. */
 async function moveFailed(run: Run, error: unknown): Promise<Problem> {
-  const { site } = run
-  const situation = recognise(await observe(site))
-  if (situation.way === 'full' && situation.live !== run.release) return await slaveFailed(run, error)
-  return stillServed(run, 'slave has taken over, but master could not be stopped', error)
+  if ((await flagged(run.site)) === 'strapi-master') return await slaveFailed(run, error)
+  return stillServed(run, 'slave has taken over, but master was not stopped', error)
 }
 
 /** Steps 5 to 7: slave serves. A broken master is stopped: a closed port fails over without loss, a booting one does not. */

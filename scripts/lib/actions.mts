@@ -47,6 +47,18 @@ export async function build(site: Site, release: string): Promise<void> {
   })
 }
 
+/** Before a slot is started beside one that serves: nobody may be on the way to it. */
+export async function awaitForgotten(site: Site, slot: SlotName): Promise<void> {
+  await change(`wait until no request is on its way to ${slot}`, async () => {
+    const isForgotten = await alive(
+      () => `requests are on their way to ${slot}`,
+      () => traffic.forgotten(site, slot),
+    )
+    if (!isForgotten)
+      warn(`requests that began before the move are still on their way to ${slot}; they may fail`)
+  })
+}
+
 /** Starts a slot on a release, in a fresh container. */
 export async function start(site: Site, slot: SlotName, release: string): Promise<void> {
   await change(`start ${slot} on ${release}`, async () => {

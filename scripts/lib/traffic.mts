@@ -131,6 +131,20 @@ export async function drained(site: Site, slot: SlotName): Promise<boolean> {
   }
 }
 
+/**
+ * Waits until no request is left that would reach a stopped slot if it were started: a slow body that chose it before
+ * the move connects late, and a booting slot would lose it.
+ * @returns false when some were left after DRAIN_TIMEOUT
+ */
+export async function forgotten(site: Site, slot: SlotName): Promise<boolean> {
+  const deadline = Date.now() + site.drainTimeoutMs
+  while (!(await isIdle(site, slot))) {
+    if (Date.now() > deadline) return false
+    await pause(100)
+  }
+  return true
+}
+
 async function isIdle(site: Site, slot: SlotName): Promise<boolean> {
   const { status } = await getUrl(`http://${site.nginx.control}/idle/${shortName(slot)}`)
   if (status !== 200 && status !== 409) {

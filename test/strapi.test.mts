@@ -118,7 +118,7 @@ describe('a good deploy', () => {
     await mustSucceed(Promise.resolve(outcome))
     show('A good deploy', report)
 
-    expectNobodyLost(report, 1500)
+    expectNobodyLost(report, 1000)
     for (const kind of ['GET', 'GET fresh', 'POST', 'POST fresh', 'slow body', 'slow answer', 'upload']) {
       expect(report.kinds[kind]?.ok, kind).toBeGreaterThan(5)
     }
@@ -173,7 +173,7 @@ describe('a release that changes the schema', () => {
     const [report, outcome] = await visitorsDuring({}, () => site.begin('deploy', []).outcome)
     show('A release that does not boot', report)
 
-    expectNobodyLost(report, 1000)
+    expectNobodyLost(report, 500)
     expect(outcome.code).toBe(1)
     const { error, advice } = resultOf(outcome)
     expect(error).toContain('master was not touched')
@@ -189,7 +189,7 @@ describe('a release that changes the schema', () => {
     await edit('config/cron-tasks.ts', "'* * * * *'", "'* * * * * *'") // every second
     const [report, outcome] = await visitorsDuring({}, () => site.begin('deploy', []).outcome)
     await mustSucceed(Promise.resolve(outcome))
-    expectNobodyLost(report, 1000)
+    expectNobodyLost(report, 500)
     await expectMasterServesAlone(resultOf(outcome).release)
 
     const slave = await engine.container((await loadSite(site.envFile)).slots['strapi-slave'].container)
@@ -215,7 +215,7 @@ describe('a release that changes the schema', () => {
     )
     await mustSucceed(Promise.resolve(outcome))
     show('A rollback', report)
-    expectNobodyLost(report, 1000)
+    expectNobodyLost(report, 500)
     const { release } = resultOf(outcome)
     expect(report.releases.map((one) => one.release)).toEqual([live, release])
     expect(await hasColumn('note')).toBe(false)
@@ -241,7 +241,7 @@ describe('a deploy that is killed while visitors move', () => {
     })
     await mustSucceed(Promise.resolve(outcome))
     show('A killed deploy and the next one', report)
-    expectNobodyLost(report, 1500)
+    expectNobodyLost(report, 1000)
     await expectMasterServesAlone(resultOf(outcome).release)
   })
 })

@@ -98,7 +98,7 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
   if (rollback && situation.way === 'first') await act.startServices(site)
   const target = rollback ? await releases.rollbackTarget(site, situation.live, rollback) : undefined
   await mend(site, situation)
-  await noteLiveRelease(site, situation.live)
+  if (situation.way === 'full') await noteLiveRelease(site, situation.live)
 
   const run = await step('1/7', target ? `Use the image of ${target}` : 'Build the new release', async () => {
     const release = target ?? (await releases.newReleaseName(site))

@@ -134,9 +134,11 @@ export async function startServices(site: Site): Promise<void> {
         const [found] = await engine.serviceContainers(site.project, service)
         if (found?.State.Health?.Status === 'healthy') break
         if (Date.now() > deadline || found?.State.Status === 'exited') {
-          const output = found ? await ask(['docker', 'logs', '--tail', '10', found.Id]) : ''
+          let output = ''
+          const onLine = (line: string) => (output += `${line}\n`)
+          if (found) await ask(['docker', 'logs', '--tail', '10', found.Id], { onLine })
           throw new Error(
-            `${service} does not become healthy (${found?.State.Status ?? 'no container'})\n${output ?? ''}`,
+            `${service} does not become healthy (${found?.State.Status ?? 'no container'})\n${output.trimEnd()}`,
           )
         }
         await pause(500)

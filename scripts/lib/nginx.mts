@@ -31,6 +31,7 @@ export function replacements(site: Site): [RegExp, string][] {
   const tls: [RegExp, string][] = nginx.tls
     ? [
         [/#tls# /, ''],
+        [/"tls":"none"/, `"tls":"${nginx.tls.certificate}"`],
         [/\/etc\/letsencrypt\/live\/bob\.strapi-pro\.com\/fullchain\.pem/, nginx.tls.certificate],
         [/\/etc\/letsencrypt\/live\/bob\.strapi-pro\.com\/privkey\.pem/, nginx.tls.key],
       ]

@@ -18,6 +18,7 @@ function expectedConfig(site: Site): Record<string, string | number> {
     slave: site.slots['strapi-slave'].address,
     traffic: site.folders.traffic,
     uploads: site.folders.uploads,
+    tls: site.nginx.tls?.certificate ?? 'none',
   }
 }
 

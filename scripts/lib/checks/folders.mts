@@ -137,7 +137,7 @@ async function workerSees(site: Site): Promise<Finding[]> {
     if (obstacle)
       found.push({
         problem: `nginx's worker (${user}) cannot see ${key}: ${obstacle} is closed to it`,
-        fix: `chmod o+x ${obstacle}, or choose another folder in ${site.envFile}`,
+        fix: `chmod o+rx ${obstacle}, or choose another folder in ${site.envFile}`,
       })
   }
   return found

@@ -134,6 +134,7 @@ function watchStarts(site: Site) {
     return []
   }
   const watching = Promise.all(Object.values(site.slots).map(watch))
+  watching.catch(() => undefined) // `stop` throws it; until then nobody waits for it
   return {
     stop: async () => {
       stopping.abort()

@@ -4,6 +4,7 @@ import type { Check, Finding } from '../checks.mts'
 import { ask } from '../command.mts'
 import { compose } from '../compose.mts'
 import * as engine from '../engine.mts'
+import { pause } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 
 export const serviceChecks: Check[] = [
@@ -34,8 +35,7 @@ export const serviceChecks: Check[] = [
       if (way === 'first') return []
       const found = await Promise.all(
         ['postgresql', 'redis'].map(async (service): Promise<Finding[]> => {
-          const [one] = await engine.serviceContainers(site.project, service)
-          const state = one?.State.Health?.Status ?? one?.State.Status ?? 'not there'
+          const state = await settledState(site, service)
           return state === 'healthy'
             ? []
             : [{ problem: `${service} is ${state}`, fix: composeCommand(site, `up -d ${service}`) }]
@@ -49,6 +49,16 @@ export const serviceChecks: Check[] = [
     check: async (site, way) => (way === 'first' ? [] : drift(site)),
   },
 ]
+
+/** State of a service; one that is starting, as after a reboot, gets a minute to end that. */
+async function settledState(site: Site, service: string): Promise<string> {
+  for (let waitedMs = 0; ; waitedMs += 500) {
+    const [one] = await engine.serviceContainers(site.project, service)
+    const state = one?.State.Health?.Status ?? one?.State.Status ?? 'not there'
+    if (state !== 'starting' || waitedMs >= 60_000) return state
+    await pause(500)
+  }
+}
 
 /** A changed definition is reported, never applied: it would restart the database under the visitors. */
 async function drift(site: Site): Promise<Finding[]> {

@@ -1,4 +1,4 @@
-/** The Strapi image as any application gets it: by yarn 1, yarn 4 or npm, without secrets, and the one for development. */
+/** The Strapi image as every application gets it: by yarn 1, yarn 4 or npm, without secrets, and the one for development. */
 import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'

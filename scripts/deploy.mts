@@ -129,7 +129,7 @@ async function replaceMaster(run: Run): Promise<Proof> {
   // No impact yet.
   try {
     await step('2/7', `Start slave on ${release}`, async () => {
-      await act.awaitForgotten(site, 'strapi-slave')
+      await act.seclude(site, 'strapi-slave')
       await act.start(site, 'strapi-slave', release)
     })
     await step('3/7', 'Wait until slave is healthy', () => fitForVisitors(run, 'strapi-slave'))
@@ -159,7 +159,7 @@ async function finishFromSlave(run: Run, proof?: Proof): Promise<Proof> {
   const counting = proof ?? (await startProof(site))
   try {
     await step('5/7', `Start master on ${release}`, async () => {
-      await act.awaitForgotten(site, 'strapi-master')
+      await act.seclude(site, 'strapi-master')
       await act.start(site, 'strapi-master', release)
     })
     await step('6/7', 'Wait until master is healthy', () => fitForVisitors(run, 'strapi-master'))
@@ -250,8 +250,8 @@ async function look(site: Site): Promise<Situation> {
 /** Brings an interrupted run to a state that a deploy starts from. */
 async function mend(site: Site, situation: Situation): Promise<void> {
   for (const repair of situation.repairs) await act.repair(site, repair)
-  const named = await releases.nameHandMade(site)
-  if (named) warn(named)
+  const handMade = await releases.findHandMade(site)
+  if (handMade) await releases.nameHandMade(handMade)
 }
 
 /** The release that served before us counts as good, and its schema is needed to roll back to it. */
@@ -327,7 +327,7 @@ async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
 
 /** Step 4: either nobody has moved yet, or slave serves and both keep running. */
 async function moveFailed(run: Run, error: unknown): Promise<Problem> {
-  if ((await flagged(run.site)) === 'strapi-master') return await slaveFailed(run, error)
+  if (flagged(run.site) === 'strapi-master') return await slaveFailed(run, error)
   return stillServed(run, 'slave has taken over, but master was not stopped', error)
 }
 
@@ -340,11 +340,10 @@ async function masterFailed(run: Run, error: unknown): Promise<Problem> {
     await act
       .stop(site, 'strapi-master')
       .catch((failure: unknown) => warn(`master could not be stopped: ${report.explain(failure)}`))
-    return stillServed(
-      run,
-      `master is not fit for visitors on ${run.release}; it was stopped, slave keeps serving\n${log}`,
-      error,
-    )
+    const why = report.interrupted.aborted
+      ? 'interrupted before master was ready'
+      : `master is not fit for visitors on ${run.release}`
+    return stillServed(run, `${why}; it was stopped, slave keeps serving\n${log}`, error)
   }
   return stillServed(run, 'master serves, but slave could not be stopped', error)
 }

@@ -1,7 +1,7 @@
 /** Makes this host ready for the site, as far as it may, and says everything that is still to do. */
 import { parseArgs } from 'node:util'
 import { resolve } from 'node:path'
-import { findings, runChecks } from './lib/checks.mts'
+import { runChecks } from './lib/checks.mts'
 import { markCommands } from './lib/command.mts'
 import { installSoftware, missingSoftware } from './lib/install.mts'
 import { describeHolder, lockHolder, parseDuration, takeLock } from './lib/lock.mts'
@@ -74,7 +74,9 @@ await report.main(async () => {
       await report.change(`install ${site.nginx.confFile}, test and reload nginx`, () => installNginx(site))
     })
     if (report.isDryRun()) return say('Nothing was changed.')
-    await step('5/5', 'Checks', async () => runChecks(site, await wayOf(site)))
+    await step('5/5', 'Checks', async () => {
+      await runChecks(site, await wayOf(site), 'what could be done by itself is done')
+    })
     say(`This host is ready. Next: ${scriptCommand('deploy', site.envFile)}`)
   } finally {
     lock?.release()
@@ -93,9 +95,8 @@ async function onlyLook(envFile: string): Promise<void> {
   const site = await loadSite(envFile)
   const holder = await lockHolder(site.project)
   if (holder) warn(describeHolder(holder))
-  const found = await findings(site, await wayOf(site))
-  if (found.length === 0) return say('This host is ready.')
   await runChecks(site, await wayOf(site))
+  say('This host is ready.')
 }
 
 async function wayOf(site: Parameters<typeof observe>[0]): Promise<Way> {

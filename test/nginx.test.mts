@@ -18,11 +18,11 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, inject, t
 import { openSocket } from '../example/load.mts'
 import { nginxPid } from '../example/site.mts'
 import { ask, run } from '../scripts/lib/command.mts'
-import { start } from '../scripts/lib/compose.mts'
+import { create, start } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { shippedFile } from '../scripts/lib/nginx.mts'
 import { loadSite, type Site, type SlotName } from '../scripts/lib/settings.mts'
-import { reached, setFlag } from '../scripts/lib/traffic.mts'
+import { setAlone, setFlag } from '../scripts/lib/traffic.mts'
 import { mustSucceed, resultOf, settingOf, tinySite, type TestSite } from './harness.mts'
 
 let own: TestSite
@@ -38,10 +38,14 @@ beforeAll(async () => {
   site = await loadSite(own.envFile)
   releases.master = (await settingOf(own, 'STRAPI_VERSION')) ?? ''
   releases.slave = String(resultOf(await mustSucceed(own.begin('deploy', ['--build-only']).outcome)).release)
-  await run(start(site, 'strapi-slave'), { env: { STRAPI_VERSION: releases.slave } })
+  await run(create(site, 'strapi-slave'), { env: { STRAPI_VERSION: releases.slave } })
+  await run(start(site, 'strapi-slave'))
   await slotAnswers('strapi-slave')
 })
-afterEach(() => setFlag(site, 'strapi-master'))
+afterEach(async () => {
+  await setFlag(site, 'strapi-master')
+  await setAlone(site, false)
+})
 afterAll(() => own.remove())
 
 interface Got {
@@ -262,7 +266,7 @@ describe('the flag', () => {
 
     await setFlag(site, 'strapi-slave')
     expect(await releaseOf(get('/api/pings'))).toBe(releases.slave)
-    expect((await control('/slot')).body).toBe('slave\n')
+    expect((await control('/upstream')).body).toBe('slave\n')
     const onSlave = slowAnswer(1500)
     await vi.waitFor(async () => expect((await control('/idle/slave')).status).toBe(409), soon)
 
@@ -296,7 +300,7 @@ describe('the flag', () => {
       expect(new Set(await twenty(theirs))).toEqual(new Set(['master']))
       await setFlag(site, 'strapi-slave')
       expect(new Set(await twenty(ours))).toEqual(new Set([releases.slave]))
-      expect((await control('/slot')).body).toBe('slave\n')
+      expect((await control('/upstream')).body).toBe('slave\n')
       expect(await twenty(theirs)).toContain('master')
     } finally {
       await writeFile(main, before)
@@ -324,13 +328,14 @@ describe('the control server', () => {
   })
 
   test('answers on loopback and nowhere else', async () => {
-    expect((await control('/slot')).body).toBe('master\n')
+    expect((await control('/upstream')).body).toBe('master\n')
     const addresses = Object.values(networkInterfaces())
       .flatMap((one) => one ?? [])
       .filter((one) => !one.internal && one.family === 'IPv4')
       .map((one) => one.address)
     expect(addresses.length).toBeGreaterThan(0)
-    for (const address of addresses) await expect(control('/slot', address)).rejects.toThrow('ECONNREFUSED')
+    for (const address of addresses)
+      await expect(control('/upstream', address)).rejects.toThrow('ECONNREFUSED')
   })
 })
 
@@ -428,6 +433,37 @@ describe('a slot that goes away', () => {
     }
   })
 
+  test('costs nobody anything when nginx has seen the other one fail before, and a slow request comes first', async () => {
+    await stopSlots('strapi-master', 'strapi-slave')
+    try {
+      expect((await get('/api/pings')).status).toBe(502)
+      await startSlots('strapi-slave')
+      const slow = slowAnswer(1500)
+      await vi.waitFor(async () => expect((await control('/idle/master')).status).toBe(409), soon)
+      const statuses = await Promise.all(
+        Array.from({ length: 50 }, async () => (await get('/api/pings')).status),
+      )
+      expect(new Set(statuses)).toEqual(new Set([200]))
+      expect((await slow.end())?.status).toBe(200)
+    } finally {
+      await startSlots('strapi-master')
+    }
+  })
+
+  test('is not replaced by one that boots or is about to be stopped', async () => {
+    await setAlone(site, true)
+    expect((await control('/upstream')).body).toBe('master_alone\n')
+    expect(await releaseOf(get('/api/pings'))).toBe(releases.master)
+    await stopSlots('strapi-master')
+    try {
+      expect((await get('/api/pings')).status).toBe(502)
+      await setAlone(site, false)
+      expect(await releaseOf(get('/api/pings'))).toBe(releases.slave)
+    } finally {
+      await startSlots('strapi-master')
+    }
+  })
+
   test('costs no POST whose body is still arriving: the other one stores it, once', async () => {
     const underWay = slowBody('under-way')
     await vi.waitFor(async () => expect((await control('/idle/master')).status).toBe(409), soon)
@@ -468,10 +504,12 @@ describe('what Strapi gets from nginx', () => {
   beforeEach(async () => {
     masterDies = false
     // nginx has seen master fail, and may still leave it out.
-    const { address } = site.slots['strapi-master']
-    await vi.waitFor(async () => expect(await reached(site, 'strapi-master')).toBe(address), soon)
+    await vi.waitFor(async () => {
+      seen.slave = []
+      await get('/api/pings')
+      expect(seen.slave).toEqual([])
+    }, soon)
     seen.master = []
-    seen.slave = []
   })
   afterAll(async () => {
     for (const server of servers) {

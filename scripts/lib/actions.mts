@@ -47,15 +47,15 @@ export async function build(site: Site, release: string): Promise<void> {
   })
 }
 
-/** Before a slot is started beside one that serves: nobody may be on the way to it. */
-export async function awaitForgotten(site: Site, slot: SlotName): Promise<void> {
-  await change(`wait until no request is on its way to ${slot}`, async () => {
-    const isForgotten = await alive(
+/** Before a slot is started beside one that serves: nobody may fall back on it or be on the way to it. */
+export async function seclude(site: Site, slot: SlotName): Promise<void> {
+  await change(`let nobody fall back on ${slot}, wait until no request is on its way to it`, async () => {
+    await traffic.secludeIdleSlot(site)
+    const isIdle = await alive(
       () => `requests are on their way to ${slot}`,
-      () => traffic.forgotten(site, slot),
+      () => traffic.untilIdle(site, slot, Date.now() + site.drainTimeoutMs),
     )
-    if (!isForgotten)
-      warn(`requests that began before the move are still on their way to ${slot}; they may fail`)
+    if (!isIdle) warn(`requests that began before the move are still on their way to ${slot}; they may fail`)
   })
 }
 
@@ -69,12 +69,17 @@ export async function start(site: Site, slot: SlotName, release: string): Promis
         `a container of another project has the name ${site.slots[slot].container} (${owner ?? 'made by hand'})`,
       )
     if (old) await run(compose.remove(site, slot))
-    await run(compose.start(site, slot), { env: { STRAPI_VERSION: release } })
+    await run(compose.create(site, slot), { env: { STRAPI_VERSION: release } })
+    await run(compose.start(site, slot))
   })
 }
 
+/** Stops a slot. A stopped one may be fallen back on: a closed port costs nothing, and somebody may start it by hand. */
 export async function stop(site: Site, slot: SlotName): Promise<void> {
-  await change(`stop ${slot}`, () => run(compose.stop(site, slot)))
+  await change(`stop ${slot}`, async () => {
+    await run(compose.stop(site, slot))
+    await traffic.setAlone(site, false)
+  })
 }
 
 /** Sends visitors to a slot. From then on it is the one that comes back after a reboot, not the other. */
@@ -152,6 +157,8 @@ export async function repair(site: Site, step: Repair): Promise<void> {
   switch (step.do) {
     case 'route':
       return await route(site, step.to)
+    case 'rejoin':
+      return await change(describeRepair(step), () => traffic.setAlone(site, false))
     case 'flag':
       return await change(describeRepair(step), () => traffic.setFlag(site, step.to))
     case 'drain':

@@ -42,8 +42,11 @@ export async function findings(site: Site, way: Way): Promise<Finding[]> {
   return found.flat()
 }
 
-/** @throws Problem (usage) that lists all failures, each with the command to type */
-export async function runChecks(site: Site, way: Way): Promise<void> {
+/**
+ * @param outcome what has become of the work so far, for the error
+ * @throws Problem (usage) that lists all failures, each with the command to type
+ */
+export async function runChecks(site: Site, way: Way, outcome = 'nothing was changed'): Promise<void> {
   const found = await findings(site, way)
   for (const finding of found.filter((one) => one.onlyWarn)) warn(describeFinding(finding))
   const failures = found.filter((one) => !one.onlyWarn)
@@ -51,7 +54,7 @@ export async function runChecks(site: Site, way: Way): Promise<void> {
   const list = failures
     .map((finding) => `\n  - ${describeFinding(finding).replaceAll('\n', '\n    ')}`)
     .join('')
-  throw new Problem(exitCodes.usage, `this host is not ready, nothing was changed:${list}`)
+  throw new Problem(exitCodes.usage, `this host is not ready, ${outcome}:${list}`)
 }
 
 function describeFinding({ problem, fix }: Finding): string {

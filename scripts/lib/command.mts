@@ -1,4 +1,5 @@
 /** Runs one command. Commands are plain argv arrays; secrets reach them by environment or file only. */
+import { existsSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { readdir, readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -15,6 +16,9 @@ export interface RunOptions {
   /** Gets each line of stdout and stderr as it comes. */
   onLine?: (line: string) => void
 }
+
+/** Whether systemd runs this host; a container or a chroot has nobody who starts services. */
+export const hasSystemd = existsSync('/run/systemd/system')
 
 /** Names our children in /proc, so that the next run finds those which a kill left behind. */
 const marker = 'BLUE_GREEN_PROJECT'

@@ -30,11 +30,15 @@ export const build = (site: Site) => compose(site, '--progress', 'plain', 'build
 export const remove = (site: Site, slot: SlotName) => ['docker', 'rm', '--force', site.slots[slot].container]
 
 /**
- * Starts a slot. `--no-recreate` leaves PostgreSQL and Redis as they are even when their definition changed; `--no-deps` would
- * do so too, but Compose then hashes another definition, and the next plain `up` would recreate the slot. STRAPI_VERSION as in build.
+ * Makes a slot's container. `--no-recreate` leaves PostgreSQL and Redis as they are even when their definition changed;
+ * `up --no-deps` would do so too, but Compose then hashes another definition, and the next plain `up` would recreate the slot.
+ * STRAPI_VERSION as in build.
  */
-export const start = (site: Site, slot: SlotName) =>
-  slotCompose(site, slot, 'up', '--detach', '--no-recreate', '--no-build')
+export const create = (site: Site, slot: SlotName) =>
+  slotCompose(site, slot, 'create', '--no-recreate', '--no-build')
+
+/** Not by Compose, which would wait half a second for PostgreSQL and Redis: the checks have seen them healthy. */
+export const start = (site: Site, slot: SlotName) => ['docker', 'start', site.slots[slot].container]
 
 /** PostgreSQL, Redis and the optional services that .env asks for. */
 export const startServices = (site: Site, services: string[]) => compose(site, 'up', '--detach', ...services)

@@ -41,10 +41,24 @@ export async function recordedSchema(site: Site, release: string): Promise<Schem
   return parseTorn<Schema>(text)[0]
 }
 
-/** Good releases, oldest first, each once, at the place where it first went well. */
+/** Good releases that led to the newest one, oldest first. To go back to one leaves those that came after it. */
+export function trail(history: Entry[]): string[] {
+  return history.filter(isGood).reduce<string[]>((past, { release }) => {
+    const at = past.indexOf(release)
+    return [...(at === -1 ? past : past.slice(0, at)), release]
+  }, [])
+}
+
+/** All good releases, each once, the likeliest target of a rollback last: first those that were left, then the trail. */
 export function goodReleases(history: Entry[]): string[] {
-  const good = history.filter((entry) => entry.result === 'done' || entry.result === 'found')
-  return [...new Set(good.map((entry) => entry.release))]
+  const current = trail(history)
+  const releases = history.filter(isGood).map((entry) => entry.release)
+  const left = releases.filter((release) => !current.includes(release))
+  return [...new Set(left), ...current]
+}
+
+function isGood({ result }: Entry): boolean {
+  return result === 'done' || result === 'found'
 }
 
 /** What the text holds, or nothing when a power cut has torn it; the entries around it are whole. */

@@ -1,11 +1,11 @@
 /** Installs what is missing from the distribution. An engine that is there, whoever made it, is never changed. */
 import { spawn } from 'node:child_process'
-import { access, mkdir, mkdtemp, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parse } from 'dotenv'
-import { ask, run } from './command.mts'
+import { ask, hasSystemd, run } from './command.mts'
 import * as engine from './engine.mts'
 import { alive, change, detail, exitCodes, Problem } from './report.mts'
 
@@ -143,10 +143,6 @@ async function sourcesOf(codename: string, next: string): Promise<string> {
 /** Where systemd runs the host it starts the engine; elsewhere (a container, a chroot) nobody would. */
 export async function startEngine(): Promise<void> {
   await change('start the container engine', async () => {
-    const hasSystemd = await access('/run/systemd/system').then(
-      () => true,
-      () => false,
-    )
     if (hasSystemd) {
       await run(['systemctl', 'enable', '--now', 'docker'])
     } else {

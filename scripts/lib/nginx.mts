@@ -3,8 +3,8 @@ import { access, constants, mkdir, readdir, readFile, rename, rm, writeFile } fr
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { readText } from './envfile.mts'
-import { ask, run } from './command.mts'
-import { exitCodes, Problem } from './report.mts'
+import { ask, hasSystemd, run } from './command.mts'
+import { detail, exitCodes, Problem } from './report.mts'
 import { projectRoot, type Site } from './settings.mts'
 import { differences } from './traffic.mts'
 
@@ -78,6 +78,8 @@ export async function install(site: Site): Promise<void> {
   await writeFile(`${confFile}.new`, wanted)
   if (before !== undefined && before !== wanted) await writeFile(`${confFile}.previous`, before)
   await rename(`${confFile}.new`, confFile)
+  if (before !== undefined && before !== wanted)
+    detail(`${confFile} was there and differed: it is kept as ${confFile}.previous`)
   try {
     await run([...command, '-t'])
   } catch (error) {
@@ -110,10 +112,6 @@ async function reloadOrStart(site: Site): Promise<void> {
   const { command } = site.nginx
   const reloaded = await ask([...command, '-s', 'reload'])
   if (reloaded !== undefined) return
-  const hasSystemd = await access('/run/systemd/system').then(
-    () => true,
-    () => false,
-  )
   const isHostNginx = command.length === 1
   await run(hasSystemd && isHostNginx ? ['systemctl', 'start', 'nginx'] : command, { daemon: true })
 }

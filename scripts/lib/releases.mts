@@ -2,8 +2,8 @@
 import { ask, run } from './command.mts'
 import { removeImage, tag as tagImage } from './compose.mts'
 import * as engine from './engine.mts'
-import { goodReleases, readHistory, recordedSchema, type Entry } from './history.mts'
-import { change, exitCodes, explain, Problem, warn } from './report.mts'
+import { goodReleases, readHistory, recordedSchema, trail, type Entry } from './history.mts'
+import { change, detail, exitCodes, explain, Problem, warn } from './report.mts'
 import { droppedBy, readSchema } from './schema.mts'
 import { scriptCommand, type Site } from './settings.mts'
 
@@ -44,11 +44,11 @@ export async function imageOf(site: Site, release: string): Promise<string | und
   return (await engine.image(`${site.image}:${release}`))?.Id
 }
 
-/** The last good release before the live one, by the order in which they first went live. */
+/** The good release that served before the live one; one that was left by a rollback does not count. */
 export function previousRelease(history: Entry[], live: string | undefined): string | undefined {
-  const good = goodReleases(history)
-  const at = live === undefined ? -1 : good.indexOf(live)
-  return at === -1 ? good.at(-1) : good[at - 1]
+  const past = trail(history)
+  const at = live === undefined ? -1 : past.indexOf(live)
+  return at === -1 ? past.at(-1) : past[at - 1]
 }
 
 /** Tags that no rollback needs: none of the newest `keep` good ones, not live, not of the newest failed one. Only tags that we gave. */
@@ -108,12 +108,19 @@ async function refuseSchemaChange(site: Site, target: string): Promise<void> {
   )
 }
 
-/**
- * A `docker compose build` by hand moves the tag of the running release to another image; the next `up` would start that.
- * The tag goes back to the image that runs, the hand-made one gets a name of its own.
- * @returns a sentence about it, or undefined
- */
-export async function nameHandMade(site: Site): Promise<string | undefined> {
+interface HandMade {
+  /** Name with the tag of the release that runs. */
+  takenName: string
+  /** Id of the image that runs. */
+  runningId: string
+  /** Id of the image that was built by hand. */
+  id: string
+  /** What it is to be called. */
+  name: string
+}
+
+/** A `docker compose build` by hand moves the tag of the running release to another image; the next `up` would start that. */
+export async function findHandMade(site: Site): Promise<HandMade | undefined> {
   const containers = await Promise.all(
     Object.values(site.slots).map((slot) => engine.container(slot.container)),
   )
@@ -122,16 +129,19 @@ export async function nameHandMade(site: Site): Promise<string | undefined> {
     const tagged = await engine.image(found.Config.Image)
     if (!tagged || tagged.Id === found.Image) continue
     const name = `${site.image}:by-hand-${releaseTime(new Date(tagged.Created))}`
-    await change(
-      `tag the image that was built by hand as ${name}, and give ${found.Config.Image} back to the one that runs`,
-      async () => {
-        await run(tagImage(tagged.Id, name))
-        await run(tagImage(found.Image, found.Config.Image))
-      },
-    )
-    return `${found.Config.Image} was built by hand and is not what runs; it is now called ${name}`
+    return { takenName: found.Config.Image, runningId: found.Image, id: tagged.Id, name }
   }
   return undefined
+}
+
+/** The tag goes back to the image that runs, the hand-made one gets a name of its own. */
+export async function nameHandMade({ takenName, runningId, id, name }: HandMade): Promise<void> {
+  warn(`${takenName} was built by hand and is not what runs`)
+  await change(`call it ${name}, and give the name back to the image that runs`, async () => {
+    await run(tagImage(id, name))
+    await run(tagImage(runningId, takenName))
+    detail(`it is now called ${name}`)
+  })
 }
 
 /** Removes images that no rollback needs. A failure is only shown: the deploy has gone well. */

@@ -1,11 +1,12 @@
 /** Writes both .env files: missing keys from the examples, empty secrets generated, values that are there never touched. */
 import { randomBytes } from 'node:crypto'
+import { existsSync } from 'node:fs'
 import { access, chown } from 'node:fs/promises'
 import { join, relative, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { addMissing, readEnv, readText, setValues, writeEnv } from './envfile.mts'
 import { change, detail, warn } from './report.mts'
-import { exampleFile, projectRoot, type Site } from './settings.mts'
+import { exampleFile, projectRoot, withEnvironment, type Site } from './settings.mts'
 import { invokingUser } from './users.mts'
 
 /** The application's names for values of docker/.env, and what they are when docker/.env does not say. */
@@ -39,10 +40,8 @@ export const knownExample =
 export async function writeDockerEnv(path: string): Promise<string> {
   const before = await readText(path)
   let text = addMissing(before ?? '', (await readText(exampleFile)) ?? '')
-  const values = parse(text)
-  const application =
-    (await readEnv(join(projectRoot, 'docker', values.STRAPI_SOURCE ?? '', '.env'))) ??
-    (await readEnv(join(values.STRAPI_SOURCE ?? '', '.env')))
+  const values = withEnvironment(parse(text))
+  const application = await readEnv(resolve(projectRoot, 'docker', values.STRAPI_SOURCE ?? '', '.env'))
   const made: Record<string, string> = {}
   const hasDatabase = await mayHoldDatabase(resolve(projectRoot, 'docker', values.POSTGRES_VOLUME ?? ''))
   for (const [key, theirs] of [
@@ -66,7 +65,7 @@ export async function writeDockerEnv(path: string): Promise<string> {
 
 /** The same for the application's .env, from its own example where it has one. */
 export async function writeApplicationEnv(site: Site): Promise<void> {
-  if (!(await exists(join(site.source, 'package.json')))) return
+  if (!existsSync(join(site.source, 'package.json'))) return
   const path = join(site.source, '.env')
   const before = await readText(path)
   const example = (await readText(join(site.source, '.env.example'))) ?? ''
@@ -114,12 +113,5 @@ async function mayHoldDatabase(folder: string): Promise<boolean> {
   return await access(join(folder, 'PG_VERSION')).then(
     () => true,
     (error: NodeJS.ErrnoException) => error.code !== 'ENOENT',
-  )
-}
-
-async function exists(path: string): Promise<boolean> {
-  return await access(path).then(
-    () => true,
-    () => false,
   )
 }

@@ -72,8 +72,7 @@ export async function loadSite(
     )
   }
   const example = (await readEnv(exampleFile)) ?? {}
-  const values = { ...example, ...file }
-  for (const key of Object.keys(values)) values[key] = process.env[key] ?? values[key] ?? ''
+  const values = withEnvironment({ ...example, ...file })
 
   const wrong = [
     ...expandedKeys(text).map(
@@ -94,10 +93,15 @@ export async function loadSite(
   return siteOf(path, values)
 }
 
+/** The values, those of this process's environment first. */
+export function withEnvironment(values: Record<string, string>): Record<string, string> {
+  return Object.fromEntries(Object.entries(values).map(([key, value]) => [key, process.env[key] ?? value]))
+}
+
 /** COMPOSE_PROJECT_NAME, also where the other settings are not complete yet. */
 export async function projectOf(envFile: string): Promise<string> {
-  const values = { ...(await readEnv(exampleFile)), ...(await readEnv(envFile)) }
-  return process.env.COMPOSE_PROJECT_NAME ?? values.COMPOSE_PROJECT_NAME ?? ''
+  const values = withEnvironment({ ...(await readEnv(exampleFile)), ...(await readEnv(envFile)) })
+  return values.COMPOSE_PROJECT_NAME ?? ''
 }
 
 /** The command of one of our scripts for this settings file, as an operator types it in the project's folder. */

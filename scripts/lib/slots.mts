@@ -1,7 +1,7 @@
-/** What the two slots are doing right now, as the engine and nginx's flag tell it. */
+/** What the two slots are doing right now, as the engine and nginx's flags tell it. */
 import * as engine from './engine.mts'
 import type { Site, SlotName } from './settings.mts'
-import { flagged } from './traffic.mts'
+import { flagged, isAlone } from './traffic.mts'
 
 export type SlotStatus = 'absent' | 'stopped' | 'booting' | 'unhealthy' | 'healthy'
 
@@ -20,6 +20,8 @@ export interface Observed {
   slave: SlotState
   /** The slot that the flag names. */
   flag: SlotName
+  /** nginx is told not to fall back on the other slot. */
+  alone: boolean
   /** strapi-dev runs: it holds master's port. */
   dev: boolean
   /** STRAPI_VERSION of .env. */
@@ -27,13 +29,19 @@ export interface Observed {
 }
 
 export async function observe(site: Site): Promise<Observed> {
-  const [master, slave, dev, flag] = await Promise.all([
+  const [master, slave, dev] = await Promise.all([
     slotState(site, 'strapi-master'),
     slotState(site, 'strapi-slave'),
     engine.serviceContainers(site.project, 'strapi-dev'),
-    flagged(site),
   ])
-  return { master, slave, flag, dev: dev.some((one) => one.State.Status === 'running'), pinned: site.release }
+  return {
+    master,
+    slave,
+    flag: flagged(site),
+    alone: isAlone(site),
+    dev: dev.some((one) => one.State.Status === 'running'),
+    pinned: site.release,
+  }
 }
 
 async function slotState(site: Site, slot: SlotName): Promise<SlotState> {

@@ -6,6 +6,7 @@ import type { Observed, SlotState } from './slots.mts'
 export type Repair =
   | { do: 'route'; to: SlotName }
   | { do: 'flag'; to: SlotName } // where nothing healthy is there to be confirmed
+  | { do: 'rejoin' } // let nginx fall back on the other slot again
   | { do: 'drain'; slot: SlotName }
   | { do: 'stop'; slot: SlotName }
   | { do: 'keep'; slot: SlotName } // bring it back after a reboot
@@ -27,6 +28,14 @@ const master = 'strapi-master'
 const slave = 'strapi-slave'
 
 export function recognise(now: Observed): Situation {
+  const situation = recogniseSlots(now)
+  const isDone = situation.way === 'wait' || situation.repairs.some((repair) => repair.do === 'stop')
+  return now.alone && !isDone
+    ? { ...situation, repairs: [...situation.repairs, { do: 'rejoin' }] }
+    : situation
+}
+
+function recogniseSlots(now: Observed): Situation {
   if (now.dev) return { sentence: 'strapi-dev is running', repairs: [], way: 'refuse', live: undefined }
   const healthy = { master: now.master.status === 'healthy', slave: now.slave.status === 'healthy' }
 
@@ -145,6 +154,8 @@ export function describeRepair(repair: Repair): string {
       return `send visitors to ${repair.to}`
     case 'flag':
       return `let the flag name ${repair.to}`
+    case 'rejoin':
+      return 'let nginx fall back on the other slot again'
     case 'drain':
       return `wait until no request is left on ${repair.slot}`
     case 'stop':

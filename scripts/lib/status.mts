@@ -4,18 +4,20 @@ import * as engine from './engine.mts'
 import { goodReleases, readHistory, type Entry } from './history.mts'
 import { describeFigures } from './proof.mts'
 import { addToResult, say } from './report.mts'
-import { scriptCommand, type Site, type SlotName } from './settings.mts'
+import { findHandMade } from './releases.mts'
+import { composeCommand, scriptCommand, type Site, type SlotName } from './settings.mts'
 import { observe, type Observed, type SlotState } from './slots.mts'
 import { describeRepair, recognise } from './state.mts'
-import { differences, reached, selected } from './traffic.mts'
+import { differences, isAlone, obstacleTo, selected } from './traffic.mts'
 
 export async function showStatus(site: Site): Promise<void> {
-  const [now, history, images, holder, nginx] = await Promise.all([
+  const [now, history, images, holder, nginx, handMade] = await Promise.all([
     observe(site),
     readHistory(site),
     engine.tags(site.image),
     lockHolder(site.project),
     nginxView(site),
+    findHandMade(site),
   ])
   const situation = recognise(now)
   const good = goodReleases(history).toReversed()
@@ -44,6 +46,10 @@ export async function showStatus(site: Site): Promise<void> {
     `earlier        ${earlier.map((release) => `${release}${withImage.has(release) ? '' : ' (image gone)'}`).join(', ') || 'none'}`,
   )
   say(`last deploy    ${last ? describeEntry(last) : 'none yet'}`)
+  if (handMade)
+    say(
+      `by hand        ${handMade.takenName} was built by hand; it is not what runs, and the next deploy renames it`,
+    )
   if (holder) say(`running now    ${describeHolder(holder)}`)
   else sayUnfinished(site, now)
 }
@@ -68,10 +74,11 @@ async function nginxView(site: Site): Promise<string> {
   const found = await differences(site)
   if (found.length > 0) return `nginx does not run this site's configuration: ${found.join('; ')}`
   const slot = await selected(site)
-  const address = await reached(site, slot).catch((error: unknown) => String(error))
-  return address === site.slots[slot].address
-    ? `go to ${slot}, nginx reaches it at ${address}`
-    : `are meant for ${slot}, but: ${address}`
+  const obstacle = await obstacleTo(site, slot)
+  if (obstacle === undefined) return `go to ${slot}, nginx reaches it at ${site.slots[slot].address}`
+  const other = slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
+  const fallsBack = !isAlone(site) && (await obstacleTo(site, other)) === undefined
+  return `are meant for ${slot}, but ${obstacle}: ${fallsBack ? `${other} stands in for it` : 'they are not served'}`
 }
 
 function describeEntry(entry: Entry): string {
@@ -90,8 +97,10 @@ function describeEntry(entry: Entry): string {
 function sayUnfinished(site: Site, now: Observed): void {
   const situation = recognise(now)
   const isWhole = situation.repairs.length === 0 && (situation.way === 'full' || situation.way === 'wait')
-  if (isWhole || situation.way === 'refuse') return
+  if (isWhole) return
   say(`\n${situation.sentence}`)
+  if (situation.way === 'refuse')
+    return say(`A deploy needs its port: ${composeCommand(site, '--profile dev stop strapi-dev')}`)
   for (const repair of situation.repairs) say(`  to do: ${describeRepair(repair)}`)
   say(`The next deploy does the rest: ${scriptCommand('deploy', site.envFile)}`)
 }

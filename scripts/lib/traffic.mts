@@ -1,9 +1,10 @@
-/** Moves visitors between the slots: one flag file that nginx looks at for each request, and nginx's own word for what it does. */
-import { access, open, readFile, rm } from 'node:fs/promises'
+/** Moves visitors between the slots: flag files that nginx looks at for each request, and nginx's own word for what it does. */
+import { existsSync } from 'node:fs'
+import { open, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from './envfile.mts'
 import { getUrl } from './http.mts'
-import { exitCodes, pause, Problem } from './report.mts'
+import { exitCodes, interrupted, pause, Problem } from './report.mts'
 import { scriptCommand, type Site, type SlotName } from './settings.mts'
 
 /** Raised together with nginx/*.conf whenever a deploy needs a newer one. */
@@ -43,48 +44,46 @@ function parseObject(text: string): Record<string, unknown> | undefined {
 }
 
 /** The slot that the flag names. */
-export async function flagged(site: Site): Promise<SlotName> {
-  const present = await access(flagPath(site)).then(
-    () => true,
-    () => false,
-  )
-  return present ? 'strapi-slave' : 'strapi-master'
+export function flagged(site: Site): SlotName {
+  return existsSync(flagPath(site)) ? 'strapi-slave' : 'strapi-master'
+}
+
+/** Whether nginx is told not to fall back on the slot that the flag does not name. */
+export function isAlone(site: Site): boolean {
+  return existsSync(alonePath(site))
+}
+
+/** The upstream that nginx gives the next request to, in its own words. @throws Error when its control server does not answer */
+async function upstream(site: Site): Promise<string> {
+  return (await getUrl(`http://${site.nginx.control}/upstream`)).body.trim()
 }
 
 /** The slot that nginx gives the next request to. @throws Error when its control server does not answer */
 export async function selected(site: Site): Promise<SlotName> {
-  const { body } = await getUrl(`http://${site.nginx.control}/slot`)
-  return body.trim() === 'slave' ? 'strapi-slave' : 'strapi-master'
+  return (await upstream(site)).startsWith('slave') ? 'strapi-slave' : 'strapi-master'
 }
 
-/** host:port that answers when nginx asks this slot's upstream: the slot itself, or its backup. */
-export async function reached(site: Site, slot: SlotName): Promise<string> {
-  const { status, headers } = await getUrl(`http://${site.nginx.control}/reach/${shortName(slot)}`, {
+/** Why nginx does not get through to this slot, or undefined. @throws Error when its control server does not answer */
+export async function obstacleTo(site: Site, slot: SlotName): Promise<string | undefined> {
+  const { status } = await getUrl(`http://${site.nginx.control}/reach/${shortName(slot)}`, {
     timeoutMs: 15_000,
   })
-  const address =
-    String(headers['x-upstream'] ?? '')
-      .split(', ')
-      .at(-1) ?? ''
-  if (status >= 500) throw new Error(`nginx gets ${status} from ${address || 'no server'} for ${slot}`)
-  return address
+  return status < 500 ? undefined : `nginx gets ${status} from ${slot} at ${site.slots[slot].address}`
 }
 
 /**
  * Sends every new request to `slot` and waits until nginx confirms it. Requests under way stay where they are.
- * The slot must be healthy: it is reached through nginx first.
+ * The slot must be healthy: it is reached through nginx first. While the other one runs, too, either may stand in for it.
  * @throws Problem, with the flag as it was
  */
 export async function send(site: Site, slot: SlotName): Promise<void> {
-  await until(site, 10_000, async () => {
-    const address = await reached(site, slot)
-    return address === site.slots[slot].address ? undefined : `nginx reaches ${address} instead of ${slot}`
-  })
-  const before = await flagged(site)
+  await until(site, 10_000, () => obstacleTo(site, slot))
+  const before = flagged(site)
+  await setAlone(site, false)
   await setFlag(site, slot)
   try {
     await until(site, 5000, async () =>
-      (await selected(site)) === slot ? undefined : `nginx still selects the other slot`,
+      (await upstream(site)) === shortName(slot) ? undefined : 'nginx still selects the other slot',
     )
   } catch (error) {
     await setFlag(site, before)
@@ -94,58 +93,72 @@ export async function send(site: Site, slot: SlotName): Promise<void> {
 
 /** The flag alone, for when nobody can confirm it. */
 export async function setFlag(site: Site, slot: SlotName): Promise<void> {
-  if (slot === 'strapi-master') {
-    await rm(flagPath(site), { force: true })
-  } else {
-    const file = await open(flagPath(site), 'a', 0o644)
-    await file.sync()
-    await file.close()
-  }
-  await syncFolder(site.folders.traffic)
+  await setFile(site, flagPath(site), slot === 'strapi-slave')
+}
+
+/** Lets nginx fall back on the slot that the flag does not name, or not. */
+export async function setAlone(site: Site, alone: boolean): Promise<void> {
+  await setFile(site, alonePath(site), alone)
 }
 
 /**
- * Waits until a slot that gets no new requests can be stopped: nginx counts none under way for it, has no connection to it
- * (a request of the other slot may have fallen back on it), and reaches the serving slot itself.
+ * From now on nobody falls back on the slot that the flag does not name: it boots, or is about to be stopped.
+ * @throws Problem when nginx does not confirm it
+ */
+export async function secludeIdleSlot(site: Site): Promise<void> {
+  await setAlone(site, true)
+  await until(site, 5000, async () =>
+    (await upstream(site)).endsWith('_alone') ? undefined : 'nginx still falls back on the other slot',
+  )
+}
+
+/**
+ * Waits until a slot that gets no new requests can be stopped: none is left on it, and the other one serves.
+ * Afterwards nobody falls back on it.
  * @returns false when requests were left after DRAIN_TIMEOUT
- * @throws Problem when the serving slot does not answer by itself: nginx still needs the one that was to be stopped
+ * @throws Problem when the serving slot does not answer: visitors still need the one that was to be stopped
  */
 export async function drained(site: Site, slot: SlotName): Promise<boolean> {
-  const deadline = Date.now() + site.drainTimeoutMs
   const serving = slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
-  // Twice: a request that chose the slot just before the move may not be counted yet.
-  for (let idle = 0; ;) {
-    idle = (await isIdle(site, slot)) ? idle + 1 : 0
-    const address = await reached(site, serving).catch((error: Error) => error.message)
-    const isAlone = address === site.slots[serving].address
-    if (idle >= 2 && isAlone) return true
-    if (Date.now() > deadline && isAlone) return false
-    // A serving slot that is only slow for a moment gets the same time again.
-    if (Date.now() > deadline + Math.max(site.drainTimeoutMs, 10_000)) {
-      throw new Problem(
-        exitCodes.degraded,
-        `visitors are meant for ${serving}, but nginx reaches ${address}: ${slot} is still needed and keeps running`,
-        `Look at the load of this host and at ${serving}, then: ${scriptCommand('deploy', site.envFile)}`,
-      )
-    }
-    await pause(100)
+  const deadline = Date.now() + site.drainTimeoutMs
+  for (;;) {
+    await untilServing(site, serving, Math.max(deadline - Date.now(), 10_000))
+    await untilIdle(site, slot, deadline)
+    await secludeIdleSlot(site)
+    const idle = await untilIdle(site, slot, deadline)
+    if ((await obstacleTo(site, serving)) === undefined) return idle
+    await setAlone(site, false)
   }
 }
 
+async function untilServing(site: Site, serving: SlotName, timeoutMs: number): Promise<void> {
+  await until(site, timeoutMs, () => obstacleTo(site, serving)).catch((error: unknown) => {
+    interrupted.throwIfAborted()
+    throw new Problem(
+      exitCodes.degraded,
+      `${serving} does not answer: the other slot stands in for it and keeps running`,
+      `Look at the load of this host and at: docker logs ${site.slots[serving].container}\nThen: ${scriptCommand('deploy', site.envFile)}`,
+      error,
+    )
+  })
+}
+
 /**
- * Waits until no request is left that would reach a stopped slot if it were started: a slow body that chose it before
- * the move connects late, and a booting slot would lose it.
- * @returns false when some were left after DRAIN_TIMEOUT
+ * Waits until no request is left that reaches a slot, or would reach it if it were started: a slow body that chose it before
+ * a move connects late, and a booting slot would lose it.
+ * @returns false when some were left at the deadline, in milliseconds since the epoch
  */
-export async function forgotten(site: Site, slot: SlotName): Promise<boolean> {
-  const deadline = Date.now() + site.drainTimeoutMs
-  while (!(await isIdle(site, slot))) {
-    if (Date.now() > deadline) return false
+export async function untilIdle(site: Site, slot: SlotName, deadline: number): Promise<boolean> {
+  // Twice: a request that chose the slot just before may not be counted yet.
+  for (let times = 0; times < 2;) {
+    times = (await isIdle(site, slot)) ? times + 1 : 0
+    if (times === 0 && Date.now() > deadline) return false
     await pause(100)
   }
   return true
 }
 
+/** nginx counts no request under way for the slot, and has no connection to it: one of the other slot may have fallen back on it. */
 async function isIdle(site: Site, slot: SlotName): Promise<boolean> {
   const { status } = await getUrl(`http://${site.nginx.control}/idle/${shortName(slot)}`)
   if (status !== 200 && status !== 409) {
@@ -180,8 +193,23 @@ async function until(site: Site, timeoutMs: number, probe: () => Promise<string 
   }
 }
 
+async function setFile(site: Site, path: string, present: boolean): Promise<void> {
+  if (present) {
+    const file = await open(path, 'a', 0o644)
+    await file.sync()
+    await file.close()
+  } else {
+    await rm(path, { force: true })
+  }
+  await syncFolder(site.folders.traffic)
+}
+
 function flagPath(site: Site): string {
   return join(site.folders.traffic, 'slave')
+}
+
+function alonePath(site: Site): string {
+  return join(site.folders.traffic, 'alone')
 }
 
 function shortName(slot: SlotName): string {

@@ -9,15 +9,16 @@ const commands: [string, (site: Site) => string[], string][] = [
   ['removes master', (site) => compose.remove(site, 'strapi-master'), 'docker rm --force try-strapi-master'],
   ['removes slave', (site) => compose.remove(site, 'strapi-slave'), 'docker rm --force try-strapi-slave'],
   [
-    'starts master, PostgreSQL and Redis left as they are',
-    (site) => compose.start(site, 'strapi-master'),
-    'COMPOSE up --detach --no-recreate --no-build strapi-master',
+    'makes master, PostgreSQL and Redis left as they are',
+    (site) => compose.create(site, 'strapi-master'),
+    'COMPOSE create --no-recreate --no-build strapi-master',
   ],
   [
-    'starts slave, which has a profile, PostgreSQL and Redis left as they are',
-    (site) => compose.start(site, 'strapi-slave'),
-    'COMPOSE --profile blue-green up --detach --no-recreate --no-build strapi-slave',
+    'makes slave, which has a profile, PostgreSQL and Redis left as they are',
+    (site) => compose.create(site, 'strapi-slave'),
+    'COMPOSE --profile blue-green create --no-recreate --no-build strapi-slave',
   ],
+  ['starts slave', (site) => compose.start(site, 'strapi-slave'), 'docker start try-strapi-slave'],
   [
     'starts the services of a first deploy',
     (site) => compose.startServices(site, ['postgresql', 'redis']),

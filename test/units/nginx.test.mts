@@ -55,6 +55,7 @@ test.each<[string, Record<string, string>, string[], string[]]>([
       'server_name two.example.com;',
       'alias /srv/two/uploads/;',
       '(-f /srv/two/traffic/slave)',
+      '(-f /srv/two/traffic/alone)',
       'access_log /var/log/nginx/two.access.log bob_two;',
       '"site":"two.example.com","master":"127.0.0.1:2337","slave":"127.0.0.1:2338"',
     ],
@@ -71,7 +72,7 @@ test.each<[string, Record<string, string>, string[], string[]]>([
     { MASTER_PORT: '1338', SLAVE_PORT: '1337' },
     [
       '"master":"127.0.0.1:1338","slave":"127.0.0.1:1337"',
-      'server 127.0.0.1:1338 max_fails=3 fail_timeout=2s;                    # strapi-master',
+      'server 127.0.0.1:1338 max_fails=3 fail_timeout=2s;        # strapi-master',
     ],
     [],
   ],
@@ -107,6 +108,7 @@ describe('two sites in one nginx', () => {
     ].map(namesIn)
     const [first, other] = names
     expect(first).toContain('upstream bob_master')
+    expect(first).toContain('upstream bob_master_alone')
     expect(other).toContain('shared:bob_two_tls')
     expect(first?.length).toBeGreaterThan(15)
     expect(first?.filter((name) => other?.includes(name))).toEqual([])

@@ -128,7 +128,7 @@ test.each([
   ['1 2 3', '1 2 3'],
   ['1= 2', '1 2'],
   ['1 2! 3? 4~ 5', '1 5'],
-  ['1 2 3 2', '1 2 3'],
+  ['1 2 3 2', '3 1 2'], // the one that was left comes first, the likeliest target last
   ['1 2! 2', '1 2'],
   ['1 2 2!', '1 2'],
 ])('after the deploys "%s" the good releases are "%s"', (text, good) => {
@@ -141,7 +141,9 @@ test.each([
   ['1 2 3! 4', 4, 2],
   ['1 2 3 2', 2, 1], // rolled back from 3 to 2: once more goes on to 1
   ['1 2 3 2 1', 1, undefined],
-  ['1 2 3 2 4', 4, 3], // the order in which they first went live
+  ['1 2 3 2 4', 4, 2], // 3 was left by a rollback
+  ['1 2 3 2 4 2', 2, 1],
+  ['1 2 3 2 3', 3, 2], // somebody went on to 3 again
   ['1', 1, undefined],
   ['1', 9, 1], // an image that nobody deployed
   ['1 2', undefined, 2],
@@ -159,6 +161,7 @@ test.each([
   ['1 2 3', '1 2 3', 3, 9, ''],
   ['1 2 3 4 5 1', '1 2 3 4 5', 1, 3, '2 3'], // rolled back to 1: the two newest stay
   ['1 2 3 4 5 1', '1 2 3 4 5', 1, 1, '2 3 4 5'],
+  ['1 2 3 2 4', '1 2 3 4', 4, 2, '1 3'], // 2 is where a rollback goes
   ['1 2 3! 4! 5! 6', '1 2 3 4 5 6', 6, 3, '3 4'], // the newest failed one stays for a look
   ['1 2! 3! 4! 5!', '1 2 3 4 5', 1, 1, '2 3 4'],
   ['1 2', '1 2 3 4', 2, 3, '3'], // built, never deployed

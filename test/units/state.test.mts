@@ -26,12 +26,13 @@ function observed(
   other: Partial<Observed> = {},
 ): Observed {
   const slots = { master: slot(master, 'old'), slave: slot(slave, 'new') }
-  return { ...slots, flag: `strapi-${flag}`, dev: false, pinned: 'old', ...other }
+  return { ...slots, flag: `strapi-${flag}`, alone: false, dev: false, pinned: 'old', ...other }
 }
 
 function brief(repair: Repair): string {
-  const object = 'to' in repair ? repair.to : 'slot' in repair ? repair.slot : repair.release
-  return `${repair.do} ${object.replace('strapi-', '')}`
+  const object =
+    'to' in repair ? repair.to : 'slot' in repair ? repair.slot : 'release' in repair ? repair.release : ''
+  return `${repair.do} ${object.replace('strapi-', '')}`.trim()
 }
 
 function answer(now: Observed): string {
@@ -115,6 +116,21 @@ describe('a deploy that finds one release on both', () => {
     },
   )
 })
+
+test.each<[SlotStatus, SlotStatus, Short, string]>([
+  ['absent', 'absent', 'master', 'first, rejoin'],
+  ['healthy', 'stopped', 'master', 'full, rejoin'],
+  ['stopped', 'healthy', 'slave', 'resume, pin new, rejoin'],
+  ['stopped', 'healthy', 'master', 'resume, keep slave, route slave, pin new, rejoin'],
+  // To stop a slot lets nginx fall back on it again.
+  ['healthy', 'booting', 'master', 'full, stop slave'],
+  ['booting', 'booting', 'master', 'wait'],
+])(
+  'with master %s, slave %s and nginx kept from falling back on the one that is not %s: %s',
+  (master, slave, flag, expected) => {
+    expect(answer(observed(master, slave, flag, { alone: true }))).toBe(expected)
+  },
+)
 
 test.each<[string, Partial<Observed>, string, string | undefined]>([
   ['refuses while strapi-dev holds the port of master', { dev: true }, 'refuse', undefined],

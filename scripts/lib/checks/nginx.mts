@@ -1,8 +1,9 @@
 /** The nginx files: current, and what nginx really runs. */
-import type { Check } from '../checks.mts'
+import type { Check, Finding } from '../checks.mts'
 import { readText } from '../envfile.mts'
 import { getUrl } from '../http.mts'
 import { render, rivals } from '../nginx.mts'
+import { listener } from '../ports.mts'
 import { isReadable } from '../proof.mts'
 import { scriptCommand } from '../settings.mts'
 import { differences } from '../traffic.mts'
@@ -22,6 +23,31 @@ export const nginxChecks: Check[] = [
           onlyWarn,
         },
       ]
+    },
+  },
+  {
+    title: 'ports of nginx',
+    check: async (site) => {
+      if ((await differences(site)).length === 0) return []
+      const ports = {
+        HTTP_LISTEN: site.nginx.listen,
+        CONTROL_PORT: site.nginx.control,
+        ...(site.nginx.tls && { TLS: '443' }),
+      }
+      const found = await Promise.all(
+        Object.entries(ports).map(async ([key, address]): Promise<Finding[]> => {
+          const port = address.split(':').at(-1) ?? ''
+          const program = await listener(port)
+          if (program === undefined || program === 'nginx') return []
+          return [
+            {
+              problem: `port ${port} of nginx (${key}) is taken by ${program}`,
+              fix: `ss -ltnp 'sport = :${port}'   shows it; stop it, or choose another port in ${site.envFile}`,
+            },
+          ]
+        }),
+      )
+      return found.flat()
     },
   },
   {

@@ -1,9 +1,9 @@
 /** Ports and the services that a deploy never touches. */
-import { createServer } from 'node:net'
 import type { Check, Finding } from '../checks.mts'
 import { ask } from '../command.mts'
 import { compose } from '../compose.mts'
 import * as engine from '../engine.mts'
+import { isFree } from '../ports.mts'
 import { pause } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 
@@ -83,13 +83,4 @@ async function drift(site: Site): Promise<Finding[]> {
     }),
   )
   return found.flat()
-}
-
-function isFree(address: string): Promise<boolean> {
-  const [host, port] = address.split(':')
-  return new Promise((resolve) => {
-    const server = createServer()
-    server.on('error', (error) => resolve(!('code' in error && error.code === 'EADDRINUSE')))
-    server.listen({ host, port: Number(port), exclusive: true }, () => server.close(() => resolve(true)))
-  })
 }

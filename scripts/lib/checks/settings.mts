@@ -1,6 +1,7 @@
 /** Both .env files: present, equal where they must be, not weak, not readable by others. */
-import { access, readFile, stat } from 'node:fs/promises'
-import { join } from 'node:path'
+import { existsSync } from 'node:fs'
+import { readFile, stat } from 'node:fs/promises'
+import { join, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import type { Check, Finding } from '../checks.mts'
 import { ask, run } from '../command.mts'
@@ -17,28 +18,19 @@ export const settingChecks: Check[] = [
     title: 'application',
     check: async (site) => {
       const found: Finding[] = []
-      const has = (name: string) =>
-        access(join(site.source, name)).then(
-          () => true,
-          () => false,
-        )
-      if (!(await has('package.json'))) {
+      const has = (name: string) => existsSync(join(site.source, name))
+      if (!has('package.json')) {
         found.push({
           problem: `STRAPI_SOURCE holds no application: there is no ${join(site.source, 'package.json')}`,
           fix: `put the application there, or set STRAPI_SOURCE in ${site.envFile}`,
         })
-      } else if (!(await has('yarn.lock')) && !(await has('package-lock.json'))) {
+      } else if (!has('yarn.lock') && !has('package-lock.json')) {
         found.push({
           problem: `${site.source} has neither yarn.lock nor package-lock.json`,
           fix: 'commit the lock file of the application',
         })
       }
-      if (
-        !(await access(site.dockerfile).then(
-          () => true,
-          () => false,
-        ))
-      ) {
+      if (!existsSync(site.dockerfile)) {
         found.push({
           problem: `STRAPI_DOCKERFILE names no file: ${site.dockerfile}`,
           fix: `set it in ${site.envFile} to ${join(site.root, 'docker/strapi/Dockerfile')}`,
@@ -171,15 +163,7 @@ export const settingChecks: Check[] = [
     title: 'development folder',
     check: async (site) => {
       const folder = site.values.STRAPI_VOLUME ?? ''
-      const there = await access(join(site.root, 'docker', folder)).then(
-        () => true,
-        () =>
-          access(folder).then(
-            () => true,
-            () => false,
-          ),
-      )
-      return there
+      return existsSync(resolve(site.root, 'docker', folder))
         ? []
         : [
             {

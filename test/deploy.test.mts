@@ -50,7 +50,8 @@ function expectNobodyLost(report: LoadReport): void {
   expect(report.lost).toEqual([])
   expect(report.notStored).toEqual([])
   expect(report.storedTwice).toEqual([])
-  expect(report.sent).toBeGreaterThan(200)
+  // A deploy that refuses at once takes two seconds.
+  expect(report.sent).toBeGreaterThan(100)
 }
 
 async function up(...rest: string[]): Promise<void> {
@@ -100,11 +101,7 @@ describe('a good deploy', () => {
 
   test('runs crons on master only, also while both are up', async () => {
     const logs: Record<string, string> = {}
-    const outcome = await site.begin('deploy', [], (event) => {
-      if (event.event !== 'step-done' || event.step !== '6/7') return
-      // Both slots run; each has been up for more than the second between two crons.
-    }).outcome
-    expect(outcome.code).toBe(0)
+    await mustSucceed(site.run('deploy'))
     for (const slot of ['strapi-master', 'strapi-slave'] as const) {
       await run(['docker', 'logs', `${site.project}-${slot}`], {
         onLine: (line) => (logs[slot] = `${logs[slot] ?? ''}${line}\n`),

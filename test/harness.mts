@@ -60,15 +60,20 @@ export async function tinySite(port: number, settings: Record<string, string> = 
   })
   await writeFile(join(site.source, 'package.json'), '{ "name": "tiny" }\n')
   await writeFile(join(site.source, 'package-lock.json'), '{}\n')
-  await mustSucceed(site.run('setup'))
-  return site
+  return await setUp(site)
 }
 
 /** A site with the example's real Strapi, set up, not deployed yet. */
 export async function strapiSite(port: number, settings: Record<string, string> = {}): Promise<TestSite> {
-  const site = await newSite(port, join(projectRoot, 'example/strapi'), settings)
-  await mustSucceed(site.run('setup'))
-  return site
+  return await setUp(await newSite(port, join(projectRoot, 'example/strapi'), settings))
+}
+
+/** What cannot be set up leaves nothing behind. */
+async function setUp(site: TestSite): Promise<TestSite> {
+  const outcome = await site.run('setup')
+  if (outcome.code === 0) return site
+  await site.remove()
+  throw new Error(`setup ended with exit code ${outcome.code}\n${outcome.stdout}\n${outcome.stderr}`)
 }
 
 /** Fails the test with what the script said. */

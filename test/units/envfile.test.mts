@@ -9,6 +9,7 @@ import {
   readEnv,
   readText,
   setValues,
+  unreadableLines,
   writeEnv,
 } from '../../scripts/lib/envfile.mts'
 import { newFolder } from './site.mts'
@@ -147,6 +148,21 @@ describe('an operator is told about a value that Compose and Strapi would read d
     ['A=5$ each', []],
   ])('%j: %j', (text, keys) => {
     expect(expandedKeys(text)).toEqual(keys)
+  })
+})
+
+describe('lines that Compose refuses', () => {
+  test.each<[string, string, number[]]>([
+    ['none', '', []],
+    ['none among comments, blanks and values', '# a\n\nA=1\n  B = 2 # b\nexport C=3\n', []],
+    ['none in a value of several lines', 'A="1\n2\n3"\nB=\'4\n5\'\n', []],
+    ['a word alone', 'A=1\nword\nB=2\n', [2]],
+    ['a secret that lost its name', 'A=1\n=secret\n', [2]],
+    ['a double quote that is never closed', 'A=1\nB="2\nC=3\n', [2]],
+    ['a single quote that is never closed', "A=1\nB='2\n", [2]],
+    ['text behind a closing quote', 'A="1" 2\n', [1]],
+  ])('%s', (_, text, lines) => {
+    expect(unreadableLines(text)).toEqual(lines)
   })
 })
 

@@ -4,9 +4,9 @@ import * as act from './lib/actions.mts'
 import { runChecks } from './lib/checks.mts'
 import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
-import { smoke, untilHealthy } from './lib/health.mts'
+import { smoke, stillFit, untilHealthy } from './lib/health.mts'
 import { readHistory, remember, type Entry } from './lib/history.mts'
-import { parseDuration, takeLock } from './lib/lock.mts'
+import { describeHolder, lockHolder, parseDuration, takeLock } from './lib/lock.mts'
 import { describeFigures, startProof, type Proof } from './lib/proof.mts'
 import * as releases from './lib/releases.mts'
 import * as report from './lib/report.mts'
@@ -14,9 +14,9 @@ import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
 import { readSchema, type Schema } from './lib/schema.mts'
 import { composeCommand, loadSite, scriptCommand, type Site, type SlotName } from './lib/settings.mts'
 import { observe } from './lib/slots.mts'
-import { recognise, type Situation } from './lib/state.mts'
+import { impatient, recognise, type Situation } from './lib/state.mts'
 import { showStatus } from './lib/status.mts'
-import { flagged } from './lib/traffic.mts'
+import { flagged, setAlone } from './lib/traffic.mts'
 
 const usage = `
 Puts a new release of the Strapi site live without losing a request.
@@ -59,6 +59,8 @@ await report.main(async () => {
   const site = await loadSite(options['env-file'], { alsoWrong: applicationProblems })
   if (options.status) return await showStatus(site)
 
+  const holder = report.isDryRun() ? await lockHolder(site.project) : undefined
+  if (holder) warn(describeHolder(holder))
   const lock = report.isDryRun()
     ? undefined
     : await takeLock(site.project, ['deploy', ...report.scriptArguments()].join(' '), waitMs)
@@ -87,6 +89,7 @@ interface Run {
   imageId: string
   live: string | undefined
   schemaBefore: Schema | undefined
+  isRollback: boolean
 }
 
 async function deploy(site: Site, rollback: Rollback | undefined): Promise<void> {
@@ -96,20 +99,24 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
   await runChecks(site, situation.way)
   // Without a running database nobody can tell what an older release would drop.
   if (rollback && situation.way === 'first') await act.startServices(site)
-  const target = rollback ? await releases.rollbackTarget(site, situation.live, rollback) : undefined
+  const target = rollback ? await releases.rollbackTarget(site, situation, rollback) : undefined
   await mend(site, situation)
   if (situation.way === 'full') await noteLiveRelease(site, situation.live)
 
-  const run = await step('1/7', target ? `Use the image of ${target}` : 'Build the new release', async () => {
-    const release = target ?? (await releases.newReleaseName(site))
-    if (!target) await act.build(site, release)
-    const imageId = report.isDryRun() ? '' : await releases.imageOf(site, release)
-    if (imageId === undefined) throw new Error(`there is no image ${site.image}:${release}`)
-    detail(release)
-    return { site, release, imageId, live: situation.live, schemaBefore: await readSchema(site) }
-  })
-
-  const outcome = await recorded(run, startedAt, async () => {
+  const release = target ?? (await releases.newReleaseName(site))
+  const outcome = await recorded(site, release, startedAt, async () => {
+    const imageId = await step('1/7', target ? `Use the image of ${target}` : 'Build the new release', () =>
+      makeImage(site, release, target === undefined),
+    )
+    const schemaBefore = await readSchema(site)
+    const run = {
+      site,
+      release,
+      imageId,
+      live: situation.live,
+      schemaBefore,
+      isRollback: rollback !== undefined,
+    }
     switch (situation.way) {
       case 'first':
         return await startFirst(run)
@@ -119,8 +126,28 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
         return await replaceMaster(run)
     }
   })
-  await releases.prune(site, run.release)
-  conclude(site, run.release, outcome, startedAt)
+  await releases.prune(site, release)
+  await conclude(site, release, outcome, startedAt)
+}
+
+/** @returns the id of the release's image */
+async function makeImage(site: Site, release: string, isNew: boolean): Promise<string> {
+  detail(release)
+  if (isNew) {
+    await act.build(site, release).catch((error: unknown) => {
+      report.interrupted.throwIfAborted()
+      const advice = `Then: ${scriptCommand('deploy', site.envFile)}`
+      throw new Problem(
+        exitCodes.failed,
+        'the new release was not built; visitors are served as before',
+        advice,
+        error,
+      )
+    })
+  }
+  const imageId = report.isDryRun() ? '' : await releases.imageOf(site, release)
+  if (imageId === undefined) throw new Error(`there is no image ${site.image}:${release}`)
+  return imageId
 }
 
 /** Master serves: the seven steps. */
@@ -144,6 +171,7 @@ async function replaceMaster(run: Run): Promise<Proof> {
       await act.route(site, 'strapi-slave')
       await act.pin(site, release)
       await act.drain(site, 'strapi-master', proof)
+      await stillFitForVisitors(run, 'strapi-slave')
       await act.stop(site, 'strapi-master')
     })
   } catch (error) {
@@ -167,6 +195,7 @@ async function finishFromSlave(run: Run, proof?: Proof): Promise<Proof> {
       await act.route(site, 'strapi-master')
       await act.pin(site, release)
       await act.drain(site, 'strapi-slave', counting)
+      await stillFitForVisitors(run, 'strapi-master')
       await act.stop(site, 'strapi-slave')
     })
     return counting
@@ -214,12 +243,19 @@ async function fitForVisitors(run: Run, slot: SlotName): Promise<void> {
   )
 }
 
+/** Before the other slot is stopped, for which there is no way back. */
+async function stillFitForVisitors(run: Run, slot: SlotName): Promise<void> {
+  await report.change(`see that ${slot} has run all the time`, () => stillFit(run.site, slot, run.imageId))
+}
+
 /** Ends what a killed run left behind: a build, a command. */
 async function endLeftovers(site: Site): Promise<void> {
+  // They may be those of a run that goes on; only who holds the lock can tell.
+  if (report.isDryRun()) return
   const left = await orphans(site.project)
   if (left.length === 0) return
   detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
-  await report.change('end them', () => endOrphans(site.project))
+  await endOrphans(site.project)
 }
 
 /** What is, in one line. Waits while the only slot that could serve is booting. */
@@ -227,7 +263,7 @@ async function look(site: Site): Promise<Situation> {
   const deadline = Date.now() + site.health.timeoutMs
   for (;;) {
     const now = await observe(site)
-    const situation = recognise(now)
+    const situation = recognise(Date.now() < deadline ? now : impatient(now))
     if (situation.way === 'refuse') {
       const advice = `Stop it first: ${composeCommand(site, '--profile dev stop strapi-dev')}`
       throw new Problem(exitCodes.usage, 'strapi-dev is running and holds the port of strapi-master', advice)
@@ -236,13 +272,7 @@ async function look(site: Site): Promise<Situation> {
       say(`Found: ${situation.sentence}`, 'found', { way: situation.way, live: situation.live })
       return situation
     }
-    if (Date.now() > deadline) {
-      throw new Problem(
-        exitCodes.degraded,
-        `${situation.sentence} for ${site.health.timeoutMs / 1000} s`,
-        `Look at: ${composeCommand(site, 'ps')}`,
-      )
-    }
+    for (const repair of situation.repairs) await act.repair(site, repair)
     await report.pause(500)
   }
 }
@@ -265,11 +295,11 @@ async function noteLiveRelease(site: Site, live: string | undefined): Promise<vo
 
 /** Runs the steps and writes down how they ended, whatever happens. */
 async function recorded(
-  run: Run,
+  site: Site,
+  release: string,
   startedAt: number,
   steps: () => Promise<Proof | undefined>,
 ): Promise<Outcome> {
-  const { site, release } = run
   const seconds = () => Math.round((Date.now() - startedAt) / 1000)
   try {
     const figures = await (await steps())?.stop()
@@ -296,7 +326,7 @@ type Outcome = Pick<Entry, 'figures'>
 /** Step 2 or 3: master was not touched. Slave's container is kept, stopped, for a look. */
 async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
   const { site, release } = run
-  const log = await act.logTail(site, 'strapi-slave')
+  const log = report.interrupted.aborted ? '' : await act.logTail(site, 'strapi-slave')
   await act
     .stop(site, 'strapi-slave')
     .catch((failure: unknown) => warn(`slave could not be stopped: ${report.explain(failure)}`))
@@ -309,7 +339,7 @@ async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
     )
   const advice = [
     `Look at: ${composeCommand(site, '--profile blue-green logs strapi-slave')}`,
-    `Then: ${scriptCommand('deploy', site.envFile)}`,
+    `Then: ${resumeCommand(run)}`,
   ]
   const schema = await readSchema(site)
   if (schema?.hash !== run.schemaBefore?.hash) {
@@ -325,34 +355,74 @@ async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
   )
 }
 
-/** Step 4: either nobody has moved yet, or slave serves and both keep running. */
+/** Step 4: nobody has moved yet, or everybody goes back to master, or slave serves and both keep running. */
 async function moveFailed(run: Run, error: unknown): Promise<Problem> {
-  if (flagged(run.site) === 'strapi-master') return await slaveFailed(run, error)
-  return stillServed(run, 'slave has taken over, but master was not stopped', error)
+  const { site } = run
+  if (flagged(site) === 'strapi-master') return await slaveFailed(run, error)
+  if (
+    !report.interrupted.aborted &&
+    (await hasFailed(run, 'strapi-slave')) &&
+    (await goBack(run, 'strapi-master'))
+  )
+    return await slaveFailed(run, error)
+  await setAlone(site, false)
+  return stillServed(run, 'strapi-slave', 'slave has taken over, but master was not stopped', error)
 }
 
 /** Steps 5 to 7: slave serves. A broken master is stopped: a closed port fails over without loss, a booting one does not. */
 async function masterFailed(run: Run, error: unknown): Promise<Problem> {
   const { site } = run
-  const log = await act.logTail(site, 'strapi-master')
-  const now = await observe(site).catch(() => undefined)
-  if (now?.flag === 'strapi-slave') {
-    await act
-      .stop(site, 'strapi-master')
-      .catch((failure: unknown) => warn(`master could not be stopped: ${report.explain(failure)}`))
-    const why = report.interrupted.aborted
-      ? 'interrupted before master was ready'
-      : `master is not fit for visitors on ${run.release}`
-    return stillServed(run, `${why}; it was stopped, slave keeps serving\n${log}`, error)
+  const isInterrupted = report.interrupted.aborted
+  if (flagged(site) === 'strapi-master' && !isInterrupted && (await hasFailed(run, 'strapi-master')))
+    await goBack(run, 'strapi-slave')
+  if (flagged(site) === 'strapi-master') {
+    await setAlone(site, false)
+    return stillServed(run, 'strapi-slave', 'master serves, but slave was not stopped', error)
   }
-  return stillServed(run, 'master serves, but slave could not be stopped', error)
+  const log = isInterrupted ? '' : `\n${await act.logTail(site, 'strapi-master')}`
+  await act
+    .stop(site, 'strapi-master')
+    .catch((failure: unknown) => warn(`master could not be stopped: ${report.explain(failure)}`))
+  const why = isInterrupted
+    ? 'interrupted before master was ready'
+    : `master is not fit for visitors on ${run.release}`
+  return stillServed(run, 'strapi-master', `${why}; it was stopped, slave keeps serving${log}`, error)
 }
 
-function stillServed(run: Run, message: string, error: unknown): Problem {
+/** Whether a slot that got the visitors cannot serve them. */
+async function hasFailed(run: Run, slot: SlotName): Promise<boolean> {
+  return await stillFit(run.site, slot, run.imageId).then(
+    () => false,
+    () => true,
+  )
+}
+
+/** Visitors go back to the slot that served before. @returns whether it has them now */
+async function goBack(run: Run, slot: SlotName): Promise<boolean> {
+  const { site, live } = run
+  warn(`visitors go back to ${slot}`)
+  try {
+    await act.route(site, slot)
+    if (slot === 'strapi-master' && live !== undefined) await act.pin(site, live)
+    return true
+  } catch (error) {
+    warn(`they could not: ${report.explain(error)}`)
+    return false
+  }
+}
+
+/** @param suspect the slot to look at */
+function stillServed(run: Run, suspect: SlotName, message: string, error: unknown): Problem {
   const { site } = run
-  const advice = `Look at: ${composeCommand(site, 'logs strapi-master')}\nThen: ${scriptCommand('deploy', site.envFile)}   (it goes on from here)`
+  const profile = suspect === 'strapi-slave' ? '--profile blue-green ' : ''
+  const advice = `Look at: ${composeCommand(site, `${profile}logs ${suspect}`)}\nThen: ${resumeCommand(run)}`
   const code = report.interrupted.aborted ? exitCodes.interrupted : exitCodes.degraded
   return new Problem(code, message, advice, error)
+}
+
+/** A rollback is finished as one: a plain deploy would build the source again. */
+function resumeCommand({ site, release, isRollback }: Run): string {
+  return scriptCommand('deploy', site.envFile, isRollback ? `--rollback ${release}` : '')
 }
 
 async function buildOnly(site: Site): Promise<void> {
@@ -364,14 +434,16 @@ async function buildOnly(site: Site): Promise<void> {
   )
 }
 
-function conclude(site: Site, release: string, outcome: Outcome, startedAt: number): void {
+async function conclude(site: Site, release: string, outcome: Outcome, startedAt: number): Promise<void> {
   const seconds = Math.round((Date.now() - startedAt) / 1000)
   report.addToResult({ release, seconds, ...outcome })
   if (report.isDryRun()) return say('Nothing was changed.')
   if (outcome.figures) say(describeFigures(outcome.figures), 'proof', { ...outcome.figures })
-  say(
-    `Done in ${seconds} s: master serves ${release}. Back to the one before: ${scriptCommand('deploy', site.envFile, '--rollback')}`,
-  )
+  const back =
+    releases.previousRelease(await readHistory(site), release) === undefined
+      ? ''
+      : ` Back to the one before: ${scriptCommand('deploy', site.envFile, '--rollback')}`
+  say(`Done in ${seconds} s: master serves ${release}.${back}`)
 }
 
 function refuseNonsense(options: Record<string, unknown>, positionals: string[]): void {

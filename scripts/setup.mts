@@ -7,7 +7,7 @@ import { installSoftware, missingSoftware } from './lib/install.mts'
 import { describeHolder, lockHolder, parseDuration, takeLock } from './lib/lock.mts'
 import { install as installNginx, isInstallable, revive } from './lib/nginx.mts'
 import * as report from './lib/report.mts'
-import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
+import { detail, say, step, warn } from './lib/report.mts'
 import { loadSite, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
 import { makeFolders } from './lib/folders.mts'
 import { observe } from './lib/slots.mts'
@@ -101,7 +101,6 @@ async function onlyLook(envFile: string): Promise<void> {
 
 async function wayOf(site: Parameters<typeof observe>[0]): Promise<Way> {
   const situation = await observe(site).then(recognise, () => undefined)
-  if (situation?.way === 'refuse')
-    throw new Problem(exitCodes.usage, situation.sentence, 'Stop strapi-dev first.')
+  if (situation?.way === 'refuse') warn(`${situation.sentence}: a deploy needs its port`)
   return situation?.way ?? 'first'
 }

@@ -7,6 +7,7 @@ import { run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
 import { getUrl } from '../scripts/lib/http.mts'
 import { loadSite } from '../scripts/lib/settings.mts'
+import { setAlone } from '../scripts/lib/traffic.mts'
 import { containers, mustSucceed, resultOf, settingOf, tinySite, type TestSite } from './harness.mts'
 
 let site: TestSite
@@ -228,6 +229,54 @@ describe('a master that breaks after slave has taken over', () => {
   })
 })
 
+describe('a release that falls under its first visitors', () => {
+  test('and crashes loses them to the old one again, which was kept until then', async () => {
+    const [before, release] = [
+      await site.containerId('strapi-master'),
+      await settingOf(site, 'STRAPI_VERSION'),
+    ]
+    await site.behave({ exitAfterMs: 6000, onlyOn: 'slave' })
+    await site.set({ DRAIN_TIMEOUT: '8' })
+    // Keeps master from being stopped before the other one falls.
+    const socket = await openSocket(site.url)
+    visitors()
+    const outcome = await site.run('deploy')
+    const report = await visited()
+    socket.close()
+    expect(outcome.code).toBe(1)
+    expect(outcome.stdout).toContain('visitors go back to strapi-master')
+    // What was under way on it when it fell; a POST cannot be sent again.
+    expect(report.lost.length).toBeLessThan(10)
+    expect(report.sent).toBeGreaterThan(500)
+    expect(await site.containerId('strapi-master')).toBe(before)
+    await expectMasterServesAlone(release)
+    expect((await site.observe()).alone).toBe(false)
+  })
+
+  test('or hangs, too', async () => {
+    const release = await settingOf(site, 'STRAPI_VERSION')
+    await site.set({ DRAIN_TIMEOUT: '30' })
+    const socket = await openSocket(site.url)
+    const running = site.begin('deploy', [], (event) => {
+      if (event.event !== 'step' || event.step !== '4/7') return
+      setTimeout(() => void run(['docker', 'pause', `${site.project}-strapi-slave`]), 2000)
+    })
+    const outcome = await running.outcome
+    socket.close()
+    expect(outcome.code).toBe(1)
+    const { master, slave, flag, pinned, alone } = await site.observe()
+    expect([master.status, master.release, slave.status, flag, pinned, alone]).toEqual([
+      'healthy',
+      release,
+      'stopped',
+      'strapi-master',
+      release,
+      false,
+    ])
+    expect((await getUrl(`${site.url}/_health`)).status).toBe(204)
+  })
+})
+
 describe('nginx, while only master runs', () => {
   test('does not refuse everybody because a few answers were errors', async () => {
     await site.behave({ smokeStatus: 503 })
@@ -273,6 +322,24 @@ describe('a rollback', () => {
     await expectMasterServesAlone(first)
   })
 
+  test('that was interrupted is finished by the same command, on the same release', async () => {
+    await site.behave({})
+    const first = await settingOf(site, 'STRAPI_VERSION')
+    await mustSucceed(site.run('deploy'))
+    const interrupted = await site.begin('deploy', ['--rollback'], (event, child) => {
+      if (event.event === 'step' && event.step === '5/7') child.kill('SIGINT')
+    }).outcome
+    expect(interrupted.code).toBe(130)
+    expect(resultOf(interrupted).advice).toContain(`--rollback ${first}`)
+    expect((await mustSucceed(site.run('deploy', '--status'))).stdout).toContain(
+      `To end the rollback to ${first}`,
+    )
+    visitors()
+    await mustSucceed(site.run('deploy', '--rollback'))
+    expectNobodyLost(await visited())
+    await expectMasterServesAlone(first)
+  })
+
   test('is refused before anything happens when the image is gone', async () => {
     const before = await containers(site)
     const outcome = await site.run('deploy', '--rollback', '20200101-000000')
@@ -290,6 +357,9 @@ describe('what else an operator does', () => {
     expect(second.code).toBe(4)
     expect(second.stderr).toContain(`process ${first.child.pid}`)
     const third = site.run('deploy', '--wait', '2m')
+    const dry = await mustSucceed(site.run('deploy', '--dry-run'))
+    expect(dry.stdout).toContain('another run is in progress')
+    expect(dry.stdout).not.toContain('left commands behind')
     expect((await first.outcome).code).toBe(0)
     expect((await third).code).toBe(0)
   })
@@ -338,6 +408,17 @@ describe('what else an operator does', () => {
     expect(outcome.code).toBe(130)
     expect(await site.containerId('strapi-master')).toBe(before)
     expect((await site.observe()).slave.status).toBe('stopped')
+  })
+
+  test('a slave that serves alone although nginx was kept from it by a killed run is mended', async () => {
+    await up('--profile', 'blue-green', 'up', '--detach', '--wait', 'strapi-slave')
+    await setAlone(await loadSite(site.envFile), true)
+    await up('stop', 'strapi-master')
+    const { stdout } = await mustSucceed(site.run('deploy', '--status'))
+    expect(stdout).toContain('they are not served')
+    await mustSucceed(site.run('deploy'))
+    expect((await site.observe()).alone).toBe(false)
+    await expectMasterServesAlone(await settingOf(site, 'STRAPI_VERSION'))
   })
 
   test('"docker compose down" stops everything, and the next deploy starts it again', async () => {

@@ -45,11 +45,11 @@ built() {
 
 base=bob-standin/debian:$release
 
-# One build at a time; it also clears away what a killed one left. Children hold the lock too, so it is free only
-# when none of them runs any more.
-exec {lock}< Dockerfile
-flock "$lock"
+# One build at a time on this host, from whichever checkout; it also clears away what a killed one left. Children hold
+# the lock too, so it is free only when none of them runs any more.
 work=${TMPDIR:-/tmp}/bob-standin
+exec {lock}> "$work.lock"
+flock "$lock"
 ! grep -qF " $work/" /proc/self/mounts || die "something is mounted under $work, unmount it first"
 rm -rf --one-file-system "$work"
 mkdir "$work"

@@ -77,14 +77,17 @@ export async function start(site: Site, slot: SlotName, release: string): Promis
 /** Stops a slot. A stopped one may be fallen back on: a closed port costs nothing, and somebody may start it by hand. */
 export async function stop(site: Site, slot: SlotName): Promise<void> {
   await change(`stop ${slot}`, async () => {
-    await run(compose.stop(site, slot))
-    await traffic.setAlone(site, false)
+    try {
+      if (await engine.container(site.slots[slot].container)) await run(compose.stop(site, slot))
+    } finally {
+      await traffic.setAlone(site, false)
+    }
   })
 }
 
 /** Sends visitors to a slot. From then on it is the one that comes back after a reboot, not the other. */
 export async function route(site: Site, slot: SlotName): Promise<void> {
-  const other: SlotName = slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
+  const other = traffic.otherSlot(slot)
   await change(`send visitors to ${slot}`, async () => {
     await run(compose.setRestart(site, slot, 'unless-stopped'))
     // Before the move: the older release, booted again after a power cut, would drop the newer one's columns.

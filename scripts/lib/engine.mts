@@ -6,14 +6,13 @@ export interface Container {
   Id: string
   /** Of the image that it really runs. */
   Image: string
-  Created: string
   RestartCount: number
   State: {
     Status: string
     StartedAt: string
     FinishedAt: string
     ExitCode: number
-    Health?: { Status: string; Log?: { Output: string }[] } | null
+    Health?: { Status: string } | null
   }
   Config: { Image: string; Labels: Record<string, string> }
   HostConfig: { RestartPolicy: { Name: string } }
@@ -37,17 +36,13 @@ export async function image(name: string): Promise<Image | undefined> {
 }
 
 /** All tags of a repository with their image ids. */
-export async function tags(repository: string): Promise<{ tag: string; id: string; createdAt: Date }[]> {
-  type Row = { Id: string; RepoTags: string[] | null; Created: number }
+export async function tags(repository: string): Promise<{ tag: string; id: string }[]> {
+  type Row = { Id: string; RepoTags: string[] | null }
   const images = (await get<Row[]>(`/images/json?filters=${filter({ reference: [repository] })}`)) ?? []
   return images.flatMap((one) =>
     (one.RepoTags ?? [])
       .filter((name) => name.startsWith(`${repository}:`))
-      .map((name) => ({
-        tag: name.slice(repository.length + 1),
-        id: one.Id,
-        createdAt: new Date(one.Created * 1000),
-      })),
+      .map((name) => ({ tag: name.slice(repository.length + 1), id: one.Id })),
   )
 }
 
@@ -64,14 +59,11 @@ export async function serviceContainers(project: string, service: string): Promi
   return containers.filter((one) => one !== undefined)
 }
 
-/** Containers that publish a port of this host. */
-export async function publishers(port: string): Promise<{ name: string; project: string }[]> {
-  type Row = { Names: string[]; Labels: Record<string, string> }
+/** Names of the containers that publish a port of this host. */
+export async function publishers(port: string): Promise<string[]> {
+  type Row = { Names: string[] }
   const rows = (await get<Row[]>(`/containers/json?filters=${filter({ publish: [port] })}`)) ?? []
-  return rows.map((row) => ({
-    name: row.Names[0]?.slice(1) ?? '',
-    project: row.Labels['com.docker.compose.project'] ?? '',
-  }))
+  return rows.map((row) => row.Names[0]?.slice(1) ?? '')
 }
 
 /** Version of the engine. @throws Error when it does not answer */

@@ -3,6 +3,7 @@ import * as engine from './engine.mts'
 import { getUrl } from './http.mts'
 import { pause } from './report.mts'
 import type { Site, SlotName } from './settings.mts'
+import { obstacleTo } from './traffic.mts'
 
 /** What the last probe saw: ready, not yet, or never. */
 type Verdict = { ready: true; hopeless?: false } | { ready: false; reason: string; hopeless?: boolean }
@@ -32,6 +33,17 @@ export async function untilHealthy(site: Site, slot: SlotName, imageId: string):
     }
     await pause(askEngineMs)
   }
+}
+
+/**
+ * A release may boot well and fall under its first visitors; then the engine starts it again.
+ * @throws Error when the slot has not run all the time since it was found healthy, or nginx does not get through to it
+ */
+export async function stillFit(site: Site, slot: SlotName, imageId: string): Promise<void> {
+  const word = await engineWord(site, slot, imageId)
+  if (!word.ready) throw new Error(`${slot} got visitors, and ${word.reason}`)
+  const obstacle = await obstacleTo(site, slot)
+  if (obstacle !== undefined) throw new Error(obstacle)
 }
 
 /**

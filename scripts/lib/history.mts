@@ -13,7 +13,6 @@ export interface Entry {
   result: 'done' | 'found' | 'failed' | 'degraded' | 'interrupted'
   seconds?: number
   figures?: Figures | undefined
-  schemaHash?: string | undefined
   why?: string
 }
 
@@ -23,14 +22,10 @@ export async function readHistory(site: Site): Promise<Entry[]> {
 }
 
 /** Appends an entry, and keeps the schema that this release runs on. */
-export async function remember(
-  site: Site,
-  entry: Omit<Entry, 'at' | 'schemaHash'>,
-  schema?: Schema,
-): Promise<void> {
+export async function remember(site: Site, entry: Omit<Entry, 'at'>, schema?: Schema): Promise<void> {
   await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
   if (schema) await writeSynced(schemaFile(site, entry.release), 'w', JSON.stringify(schema))
-  const line = JSON.stringify({ at: new Date().toISOString(), ...entry, schemaHash: schema?.hash })
+  const line = JSON.stringify({ at: new Date().toISOString(), ...entry })
   // A line that a power cut left torn must not swallow this one.
   await writeSynced(historyFile(site), 'a', `\n${line}\n`)
 }

@@ -5,7 +5,6 @@ export interface Answer {
   status: number
   headers: Record<string, string | string[] | undefined>
   body: string
-  tookMs: number
 }
 
 export interface Question {
@@ -23,7 +22,6 @@ export async function getUrl(address: string, question: Question = {}): Promise<
   const client = new Client(origin, {
     connect: { servername: url.hostname, timeout: question.timeoutMs ?? 5000 },
   })
-  const startedAt = performance.now()
   try {
     const { statusCode, headers, body } = await client.request({
       method: 'GET',
@@ -31,7 +29,7 @@ export async function getUrl(address: string, question: Question = {}): Promise<
       headers: { host: url.host, ...question.headers },
       signal: AbortSignal.timeout(question.timeoutMs ?? 5000),
     })
-    return { status: statusCode, headers, body: await body.text(), tookMs: performance.now() - startedAt }
+    return { status: statusCode, headers, body: await body.text() }
   } catch (error) {
     throw new Error(`${address}: ${reasonOf(error)}`, { cause: error })
   } finally {

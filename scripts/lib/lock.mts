@@ -33,7 +33,7 @@ export async function takeLock(project: string, command: string, waitMs = 0): Pr
 }
 
 export function describeHolder(holder: Holder): string {
-  return `another run is in progress: "${holder.command}", process ${holder.pid || 'unknown'}, since ${holder.since || 'unknown'}`
+  return `another run is in progress: "${holder.command}", process ${holder.pid || 'unknown'}, since ${holder.since ? `${holder.since.slice(0, 19).replace('T', ' ')} UTC` : 'unknown'}`
 }
 
 /** Who holds the lock, or undefined. */

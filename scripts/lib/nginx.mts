@@ -4,7 +4,7 @@ import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { readText } from './envfile.mts'
 import { ask, hasSystemd, run } from './command.mts'
-import { detail, exitCodes, Problem } from './report.mts'
+import { detail, exitCodes, explain, Problem, warn } from './report.mts'
 import { projectRoot, type Site } from './settings.mts'
 import { differences } from './traffic.mts'
 
@@ -36,15 +36,24 @@ export function replacements(site: Site): [RegExp, string][] {
         [/\/etc\/letsencrypt\/live\/bob\.strapi-pro\.com\/privkey\.pem/, nginx.tls.key],
       ]
     : []
+  const address = nginx.listen.slice(0, nginx.listen.lastIndexOf(':') + 1)
+  const secure = nginx.tls ? '' : '#tls# '
   const listen: [RegExp, string][] = nginx.listen.includes(':')
-    ? [[/ {2}listen 80;\n {2}listen \[::\]:80;/, `  listen ${nginx.listen};`]]
+    ? [
+        [/ {2}listen 80;\n {2}listen \[::\]:80;/, `  listen ${nginx.listen};`],
+        [
+          / {2}#tls# listen 443 ssl http2;\n {2}#tls# listen \[::\]:443 ssl http2;/,
+          `  ${secure}listen ${address}443 ssl http2;`,
+        ],
+      ]
     : [
         [/listen 80;/, `listen ${nginx.listen};`],
         [/listen \[::\]:80;/, `listen [::]:${nginx.listen};`],
       ]
   return [
-    ...tls,
     ...listen,
+    ...tls,
+    [/"listen":"80"/, `"listen":"${nginx.listen}"`],
     [/127\.0\.0\.1:1337\b/, slots['strapi-master'].address],
     [/127\.0\.0\.1:1338\b/, slots['strapi-slave'].address],
     [/127\.0\.0\.1:1339\b/, nginx.control],
@@ -92,7 +101,12 @@ export async function install(site: Site): Promise<void> {
       error,
     )
   }
-  await reloadOrStart(site)
+  try {
+    await reloadOrStart(site)
+  } catch (error) {
+    // The checks that follow say who holds its ports.
+    return warn(`nginx does not start:\n${explain(error)}`)
+  }
   await untilLive(site)
 }
 

@@ -6,6 +6,7 @@ import { goodReleases, readHistory, recordedSchema, trail, type Entry } from './
 import { change, detail, exitCodes, explain, Problem, warn } from './report.mts'
 import { droppedBy, readSchema } from './schema.mts'
 import { scriptCommand, type Site } from './settings.mts'
+import type { Situation } from './state.mts'
 
 const namePattern = /^\d{8}-\d{6}(-[0-9a-f]{7,12}(-dirty)?)?$/
 
@@ -69,15 +70,19 @@ export function outdated(tags: string[], history: Entry[], live: string, keep: n
  */
 export async function rollbackTarget(
   site: Site,
-  live: string | undefined,
+  { live = site.release, way }: Pick<Situation, 'live' | 'way'>,
   wish: { rollbackTo: string | undefined; acceptSchemaChange: boolean },
 ): Promise<string> {
   const history = await readHistory(site)
-  const target = wish.rollbackTo ?? previousRelease(history, live)
+  const past = trail(history)
+  // Only slave serves, on an earlier release: a rollback to it did not come to its end.
+  const isUnfinished = way === 'resume' && past.includes(live) && live !== past.at(-1)
+  const target = wish.rollbackTo ?? (isUnfinished ? live : previousRelease(history, live))
   const status = scriptCommand('deploy', site.envFile, '--status')
   if (target === undefined)
     throw new Problem(exitCodes.usage, 'there is no earlier good release', `See: ${status}`)
-  if (target === live) throw new Problem(exitCodes.usage, `${target} is live already`, `See: ${status}`)
+  if (target === live && way === 'full')
+    throw new Problem(exitCodes.usage, `${target} is live already`, `See: ${status}`)
   if ((await imageOf(site, target)) === undefined) {
     const images = (await engine.tags(site.image)).map(({ tag }) => tag).toSorted()
     throw new Problem(
@@ -147,13 +152,16 @@ export async function nameHandMade({ takenName, runningId, id, name }: HandMade)
 /** Removes images that no rollback needs. A failure is only shown: the deploy has gone well. */
 export async function prune(site: Site, live: string): Promise<void> {
   const tags = await engine.tags(site.image).catch(() => [])
+  const slots = await Promise.all(Object.values(site.slots).map((slot) => engine.container(slot.container)))
+  // A stopped slot still holds its image, and its log may be wanted.
+  const used = slots.map((found) => found?.Config.Image)
   const old = outdated(
     tags.map(({ tag }) => tag),
     await readHistory(site),
     live,
     site.keepReleases,
   )
-  for (const release of old) {
+  for (const release of old.filter((one) => !used.includes(`${site.image}:${one}`))) {
     const removal = change(`remove the image of ${release}`, () =>
       run(removeImage(`${site.image}:${release}`)),
     )

@@ -116,6 +116,8 @@ export async function main(script: () => Promise<void>): Promise<void> {
   // A terminal that is gone must not stop a deploy half-way.
   process.stdout.on('error', () => undefined)
   process.stderr.on('error', () => undefined)
+  // A wrong option must be told as JSON, too.
+  mode.json = scriptArguments().includes('--json')
   try {
     await script()
     finish(exitCodes.done)
@@ -134,7 +136,11 @@ function describeError(error: unknown): { code: ExitCode; message: string; advic
   if (error instanceof Problem) return { code: error.code, message: explain(error), advice: error.advice }
   if (interrupted.aborted)
     return { code: exitCodes.interrupted, message: explain(interrupted.reason), advice: '' }
-  if (isUsageError(error)) return { code: exitCodes.usage, message: explain(error), advice: 'See --help.' }
+  if (isUsageError(error)) {
+    // Node adds how to pass a file name that begins with a dash.
+    const message = explain(error).replace(/\. To specify a positional.*/s, '')
+    return { code: exitCodes.usage, message, advice: 'See --help.' }
+  }
   return { code: exitCodes.failed, message: explain(error), advice: '' }
 }
 

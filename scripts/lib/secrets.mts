@@ -87,8 +87,8 @@ export async function writeApplicationEnv(site: Site): Promise<void> {
 }
 
 async function writeChanged(path: string, before: string | undefined, text: string): Promise<void> {
-  if (text === before) return detail(`${path} is complete`)
   const names = Object.keys(parse(text)).filter((key) => parse(before ?? '')[key] !== parse(text)[key])
+  if (before !== undefined && names.length === 0) return detail(`${path} is complete`)
   await change(`write ${names.length} values to ${path}: ${names.join(', ')}`, async () => {
     await writeEnv(path, text)
     const user = invokingUser()

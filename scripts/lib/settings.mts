@@ -1,7 +1,7 @@
 /** Every setting of a site, from one place: the environment beats .env, .env beats .env.example. */
 import { dirname, resolve } from 'node:path'
 import { parse } from 'dotenv'
-import { expandedKeys, readEnv, readText } from './envfile.mts'
+import { expandedKeys, readEnv, readText, unreadableLines } from './envfile.mts'
 import { exitCodes, Problem } from './report.mts'
 
 export type SlotName = 'strapi-master' | 'strapi-slave'
@@ -62,7 +62,7 @@ export async function loadSite(
   { text, alsoWrong }: { text?: string | undefined; alsoWrong?: (site: Site) => Promise<string[]> } = {},
 ): Promise<Site> {
   const path = resolve(envFile)
-  text ??= await readText(path)
+  text ??= await readSettings(path)
   const file = text === undefined ? undefined : parse(text)
   if (text === undefined || file === undefined) {
     throw new Problem(
@@ -75,6 +75,9 @@ export async function loadSite(
   const values = withEnvironment({ ...example, ...file })
 
   const wrong = [
+    ...unreadableLines(text).map(
+      (line) => `line ${line} is not of the form KEY=value; a quote needs a second one`,
+    ),
     ...expandedKeys(text).map(
       (key) =>
         `${key} holds a $ or #, which Compose and Strapi read differently: put the value in single quotes`,
@@ -93,6 +96,15 @@ export async function loadSite(
   return siteOf(path, values)
 }
 
+/** @throws Problem (usage) when this user may not read it */
+async function readSettings(path: string): Promise<string | undefined> {
+  return await readText(path).catch((error: NodeJS.ErrnoException) => {
+    if (error.code !== 'EACCES') throw error
+    const advice = `Run this as its owner, or: ${asRoot(`chown $(id -un) ${path}`)}`
+    throw new Problem(exitCodes.usage, `this user may not read ${path}`, advice, error)
+  })
+}
+
 /** The values, those of this process's environment first. */
 export function withEnvironment(values: Record<string, string>): Record<string, string> {
   return Object.fromEntries(Object.entries(values).map(([key, value]) => [key, process.env[key] ?? value]))
@@ -108,6 +120,11 @@ export async function projectOf(envFile: string): Promise<string> {
 export function scriptCommand(script: 'deploy' | 'setup', envFile: string, options = ''): string {
   const file = envFile === resolve(projectRoot, 'docker/.env') ? '' : ` --env-file ${envFile}`
   return `npx zx scripts/${script}.mts${file}${options ? ` ${options}` : ''}`
+}
+
+/** A command that needs root, as this user has to type it. */
+export function asRoot(command: string): string {
+  return process.getuid?.() === 0 ? command : `sudo ${command}`
 }
 
 /** `docker compose` for this settings file, as an operator types it in the project's folder. */

@@ -29,10 +29,17 @@ const slave = 'strapi-slave'
 
 export function recognise(now: Observed): Situation {
   const situation = recogniseSlots(now)
-  const isDone = situation.way === 'wait' || situation.repairs.some((repair) => repair.do === 'stop')
-  return now.alone && !isDone
-    ? { ...situation, repairs: [...situation.repairs, { do: 'rejoin' }] }
-    : situation
+  const idle = now.flag === master ? now.slave : now.master
+  // To stop a slot lets nginx fall back on it again; one that boots must not be fallen back on.
+  const isDue = situation.way === 'wait' ? idle.status === 'healthy' : !situation.repairs.some(isStop)
+  return now.alone && isDue ? { ...situation, repairs: [...situation.repairs, { do: 'rejoin' }] } : situation
+}
+
+/** What is, for who has waited long enough: what still boots counts as unhealthy. */
+export function impatient(now: Observed): Observed {
+  const judged = (state: SlotState): SlotState =>
+    state.status === 'booting' ? { ...state, status: 'unhealthy' } : state
+  return { ...now, master: judged(now.master), slave: judged(now.slave) }
 }
 
 function recogniseSlots(now: Observed): Situation {
@@ -137,6 +144,10 @@ function pin(now: Observed, live: SlotState): Repair[] {
 /** Two images that nobody named are the same release only when they are the same image. */
 function isSameRelease({ master: one, slave: other }: Observed): boolean {
   return one.release === other.release && (one.release !== undefined || one.imageId === other.imageId)
+}
+
+function isStop(repair: Repair): boolean {
+  return repair.do === 'stop'
 }
 
 function isRunning(state: SlotState): boolean {

@@ -1,7 +1,7 @@
 /** The state of a site on one screen. Needs no lock and changes nothing. */
 import { describeHolder, lockHolder } from './lock.mts'
 import * as engine from './engine.mts'
-import { goodReleases, readHistory, type Entry } from './history.mts'
+import { goodReleases, readHistory, trail, type Entry } from './history.mts'
 import { describeFigures } from './proof.mts'
 import { addToResult, say } from './report.mts'
 import { findHandMade } from './releases.mts'
@@ -40,18 +40,16 @@ export async function showStatus(site: Site): Promise<void> {
   say(
     `release        ${situation.live ?? 'none'}${now.pinned === situation.live ? '' : `   (STRAPI_VERSION is ${now.pinned})`}`,
   )
-  const earlier = good.filter((release) => release !== situation.live)
   const withImage = new Set(images.map(({ tag }) => tag))
-  say(
-    `earlier        ${earlier.map((release) => `${release}${withImage.has(release) ? '' : ' (image gone)'}`).join(', ') || 'none'}`,
-  )
+  const earlier = good.filter((release) => release !== situation.live && withImage.has(release))
+  say(`earlier        ${earlier.join(', ') || 'none'}`)
   say(`last deploy    ${last ? describeEntry(last) : 'none yet'}`)
   if (handMade)
     say(
       `by hand        ${handMade.takenName} was built by hand; it is not what runs, and the next deploy renames it`,
     )
   if (holder) say(`running now    ${describeHolder(holder)}`)
-  else sayUnfinished(site, now)
+  else sayUnfinished(site, now, trail(history))
 }
 
 function slotLine(site: Site, slot: SlotName, state: SlotState): string {
@@ -94,13 +92,16 @@ function describeEntry(entry: Entry): string {
 }
 
 /** Half-finished states by name, with the command that mends them. */
-function sayUnfinished(site: Site, now: Observed): void {
+function sayUnfinished(site: Site, now: Observed, past: string[]): void {
   const situation = recognise(now)
-  const isWhole = situation.repairs.length === 0 && (situation.way === 'full' || situation.way === 'wait')
+  const isWhole = situation.repairs.length === 0 && situation.way === 'full'
   if (isWhole) return
   say(`\n${situation.sentence}`)
   if (situation.way === 'refuse')
     return say(`A deploy needs its port: ${composeCommand(site, '--profile dev stop strapi-dev')}`)
   for (const repair of situation.repairs) say(`  to do: ${describeRepair(repair)}`)
+  const { way, live = '' } = situation
+  if (way === 'resume' && past.includes(live) && live !== past.at(-1))
+    say(`To end the rollback to ${live}: ${scriptCommand('deploy', site.envFile, `--rollback ${live}`)}`)
   say(`The next deploy does the rest: ${scriptCommand('deploy', site.envFile)}`)
 }

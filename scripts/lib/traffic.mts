@@ -4,7 +4,7 @@ import { open, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from './envfile.mts'
 import { getUrl } from './http.mts'
-import { exitCodes, interrupted, pause, Problem } from './report.mts'
+import { exitCodes, pause, Problem } from './report.mts'
 import { scriptCommand, type Site, type SlotName } from './settings.mts'
 
 /** Raised together with nginx/*.conf whenever a deploy needs a newer one. */
@@ -15,6 +15,7 @@ function expectedConfig(site: Site): Record<string, string | number> {
   return {
     contract,
     site: site.nginx.serverName,
+    listen: site.nginx.listen,
     master: site.slots['strapi-master'].address,
     slave: site.slots['strapi-slave'].address,
     traffic: site.folders.traffic,
@@ -74,7 +75,7 @@ export async function obstacleTo(site: Site, slot: SlotName): Promise<string | u
 /**
  * Sends every new request to `slot` and waits until nginx confirms it. Requests under way stay where they are.
  * The slot must be healthy: it is reached through nginx first. While the other one runs, too, either may stand in for it.
- * @throws Problem, with the flag as it was
+ * @throws Problem, with visitors where they were
  */
 export async function send(site: Site, slot: SlotName): Promise<void> {
   await until(site, 10_000, () => obstacleTo(site, slot))
@@ -112,50 +113,57 @@ export async function secludeIdleSlot(site: Site): Promise<void> {
   )
 }
 
+/** How long the serving slot may fail to answer before visitors need the other one. */
+const patienceMs = 5000
+
 /**
  * Waits until a slot that gets no new requests can be stopped: none is left on it, and the other one serves.
- * Afterwards nobody falls back on it.
+ * Afterwards nobody falls back on it; until then, and after an error, nginx may.
  * @returns false when requests were left after DRAIN_TIMEOUT
- * @throws Problem when the serving slot does not answer: visitors still need the one that was to be stopped
+ * @throws Error when the serving slot does not answer: visitors still need the one that was to be stopped
  */
 export async function drained(site: Site, slot: SlotName): Promise<boolean> {
-  const serving = slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
+  const serving = otherSlot(slot)
   const deadline = Date.now() + site.drainTimeoutMs
-  for (;;) {
-    await untilServing(site, serving, Math.max(deadline - Date.now(), 10_000))
-    await untilIdle(site, slot, deadline)
-    await secludeIdleSlot(site)
-    const idle = await untilIdle(site, slot, deadline)
-    if ((await obstacleTo(site, serving)) === undefined) return idle
+  try {
+    for (;;) {
+      await setAlone(site, false)
+      await untilIdle(site, slot, deadline, serving)
+      await secludeIdleSlot(site)
+      const isEmpty = await untilIdle(site, slot, deadline)
+      if ((await obstacleTo(site, serving)) === undefined) return isEmpty
+    }
+  } catch (error) {
     await setAlone(site, false)
+    throw error
   }
-}
-
-async function untilServing(site: Site, serving: SlotName, timeoutMs: number): Promise<void> {
-  await until(site, timeoutMs, () => obstacleTo(site, serving)).catch((error: unknown) => {
-    interrupted.throwIfAborted()
-    throw new Problem(
-      exitCodes.degraded,
-      `${serving} does not answer: the other slot stands in for it and keeps running`,
-      `Look at the load of this host and at: docker logs ${site.slots[serving].container}\nThen: ${scriptCommand('deploy', site.envFile)}`,
-      error,
-    )
-  })
 }
 
 /**
  * Waits until no request is left that reaches a slot, or would reach it if it were started: a slow body that chose it before
  * a move connects late, and a booting slot would lose it.
- * @returns false when some were left at the deadline, in milliseconds since the epoch
+ * @param deadline in milliseconds since the epoch
+ * @param serving must answer, also at the very end
+ * @returns false when some were left at the deadline
+ * @throws Error when `serving` has not answered for some seconds
  */
-export async function untilIdle(site: Site, slot: SlotName, deadline: number): Promise<boolean> {
+export async function untilIdle(
+  site: Site,
+  slot: SlotName,
+  deadline: number,
+  serving?: SlotName,
+): Promise<boolean> {
+  let answeredAt = Date.now()
   // Twice: a request that chose the slot just before may not be counted yet.
-  for (let times = 0; times < 2;) {
+  for (let times = 0; ;) {
     times = (await isIdle(site, slot)) ? times + 1 : 0
-    if (times === 0 && Date.now() > deadline) return false
+    const obstacle = serving && (await obstacleTo(site, serving).catch((error: Error) => error.message))
+    if (obstacle === undefined) answeredAt = Date.now()
+    else if (Date.now() > answeredAt + patienceMs) throw new Error(obstacle)
+    if (obstacle === undefined && times >= 2) return true
+    if (obstacle === undefined && times === 0 && Date.now() > deadline) return false
     await pause(100)
   }
-  return true
 }
 
 /** nginx counts no request under way for the slot, and has no connection to it: one of the other slot may have fallen back on it. */
@@ -210,6 +218,10 @@ function flagPath(site: Site): string {
 
 function alonePath(site: Site): string {
   return join(site.folders.traffic, 'alone')
+}
+
+export function otherSlot(slot: SlotName): SlotName {
+  return slot === 'strapi-master' ? 'strapi-slave' : 'strapi-master'
 }
 
 function shortName(slot: SlotName): string {

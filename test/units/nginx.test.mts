@@ -57,7 +57,7 @@ test.each<[string, Record<string, string>, string[], string[]]>([
       '(-f /srv/two/traffic/slave)',
       '(-f /srv/two/traffic/alone)',
       'access_log /var/log/nginx/two.access.log bob_two;',
-      '"site":"two.example.com","master":"127.0.0.1:2337","slave":"127.0.0.1:2338"',
+      '"site":"two.example.com","listen":"80","master":"127.0.0.1:2337","slave":"127.0.0.1:2338"',
     ],
     ['/var/www/bob', 'bob.strapi-pro.com', '127.0.0.1:133'],
   ],
@@ -75,6 +75,12 @@ test.each<[string, Record<string, string>, string[], string[]]>([
       'server 127.0.0.1:1338 max_fails=3 fail_timeout=2s;        # strapi-master',
     ],
     [],
+  ],
+  [
+    'HTTPS on one address',
+    { ...certificate, HTTP_LISTEN: '10.0.0.7:80' },
+    ['  listen 10.0.0.7:80;', '  listen 10.0.0.7:443 ssl http2;', '"listen":"10.0.0.7:80"'],
+    ['listen [::]', 'listen 443', '#tls#'],
   ],
   [
     'a name that looks like another default',

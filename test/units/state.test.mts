@@ -2,7 +2,7 @@ import { describe, expect, test } from 'vitest'
 import type { Container } from '../../scripts/lib/engine.mts'
 import type { SlotName } from '../../scripts/lib/settings.mts'
 import { statusOf, type Observed, type SlotState, type SlotStatus } from '../../scripts/lib/slots.mts'
-import { describeRepair, recognise, type Repair } from '../../scripts/lib/state.mts'
+import { describeRepair, impatient, recognise, type Repair } from '../../scripts/lib/state.mts'
 
 const statuses: SlotStatus[] = ['absent', 'stopped', 'booting', 'unhealthy', 'healthy']
 type Short = 'master' | 'slave'
@@ -98,6 +98,15 @@ describe('a deploy that finds two releases', () => {
   })
 })
 
+test.each<[SlotStatus, SlotStatus, Short, string]>([
+  ['booting', 'absent', 'master', 'full'],
+  ['booting', 'healthy', 'master', 'resume, keep slave, route slave, drain master, stop master, pin new'],
+  ['booting', 'booting', 'slave', 'resume, stop master, pin new'],
+  ['absent', 'booting', 'slave', 'resume, pin new'],
+])('with master %s, slave %s for too long and visitors meant for %s: %s', (master, slave, flag, expected) => {
+  expect(answer(impatient(observed(master, slave, flag)))).toBe(expected)
+})
+
 describe('a deploy that finds one release on both', () => {
   const both = (master: SlotStatus, slave: SlotStatus, pinned: string) => {
     return { master: slot(master, 'new'), slave: slot(slave, 'new'), pinned }
@@ -125,6 +134,8 @@ test.each<[SlotStatus, SlotStatus, Short, string]>([
   // To stop a slot lets nginx fall back on it again.
   ['healthy', 'booting', 'master', 'full, stop slave'],
   ['booting', 'booting', 'master', 'wait'],
+  ['booting', 'healthy', 'master', 'wait, rejoin'],
+  ['stopped', 'booting', 'slave', 'wait'],
 ])(
   'with master %s, slave %s and nginx kept from falling back on the one that is not %s: %s',
   (master, slave, flag, expected) => {
@@ -339,7 +350,6 @@ test.each<[string, SlotStatus, Container['State']]>([
   const container: Container = {
     Id: '',
     Image: '',
-    Created: '',
     RestartCount: 0,
     State: found,
     Config: { Image: '', Labels: {} },

@@ -5,7 +5,7 @@ import type { Check, Finding } from '../checks.mts'
 import * as engine from '../engine.mts'
 import { strapiUid } from '../folders.mts'
 import { workerUser } from '../nginx.mts'
-import { scriptCommand, type Site } from '../settings.mts'
+import { asRoot, scriptCommand, type Site } from '../settings.mts'
 import { accountOf, mayReach } from '../users.mts'
 
 /** An image with its build layers, measured for the example: 2.3 GB. */
@@ -29,7 +29,7 @@ export const folderChecks: Check[] = [
             : [
                 {
                   problem: `${key}: there is no folder ${path}`,
-                  fix: `sudo ${scriptCommand('setup', site.envFile)}`,
+                  fix: asRoot(scriptCommand('setup', site.envFile)),
                 },
               ]
         }),
@@ -49,7 +49,7 @@ export const folderChecks: Check[] = [
           )
           return fine
             ? []
-            : [{ problem: `${path} is not writable by this user`, fix: `sudo chown $(id -un) ${path}` }]
+            : [{ problem: `${path} is not writable by this user`, fix: asRoot(`chown $(id -un) ${path}`) }]
         }),
       )
       return found.flat()
@@ -65,7 +65,7 @@ export const folderChecks: Check[] = [
         : [
             {
               problem: `${site.folders.uploads} belongs to uid ${found.uid}; Strapi writes it as uid ${strapiUid}`,
-              fix: `sudo chown -R ${strapiUid}:${strapiUid} ${site.folders.uploads}`,
+              fix: asRoot(`chown -R ${strapiUid}:${strapiUid} ${site.folders.uploads}`),
             },
           ]
     },
@@ -114,7 +114,7 @@ export const folderChecks: Check[] = [
             : [
                 {
                   problem: `${path} cannot be read by the container's user`,
-                  fix: `sudo chown 1000:1000 ${path} && sudo chmod 400 ${path}`,
+                  fix: asRoot(`chown 1000:1000 ${path}`) + ` && ${asRoot(`chmod 400 ${path}`)}`,
                 },
               ]
         }),

@@ -5,7 +5,7 @@ import { getUrl } from '../http.mts'
 import { render, rivals } from '../nginx.mts'
 import { listener } from '../ports.mts'
 import { isReadable } from '../proof.mts'
-import { scriptCommand } from '../settings.mts'
+import { asRoot, scriptCommand } from '../settings.mts'
 import { differences } from '../traffic.mts'
 
 export const nginxChecks: Check[] = [
@@ -19,7 +19,7 @@ export const nginxChecks: Check[] = [
       return [
         {
           problem: `nginx does not run this site's configuration: ${found.join('; ')}`,
-          fix: `sudo ${scriptCommand('setup', site.envFile)}`,
+          fix: asRoot(scriptCommand('setup', site.envFile)),
           onlyWarn,
         },
       ]
@@ -55,7 +55,7 @@ export const nginxChecks: Check[] = [
     check: async (site) => {
       const installed = await readText(site.nginx.confFile).catch(() => undefined)
       if (installed === undefined || installed === (await render(site))) return []
-      const fix = `keep your edits, or take the shipped one: sudo ${scriptCommand('setup', site.envFile, '--replace-nginx')}`
+      const fix = `keep your edits, or take the shipped one: ${asRoot(scriptCommand('setup', site.envFile, '--replace-nginx'))}`
       return [
         { problem: `${site.nginx.confFile} differs from the shipped configuration`, fix, onlyWarn: true },
       ]
@@ -76,7 +76,7 @@ export const nginxChecks: Check[] = [
         ? [
             {
               problem: `visitors are not served right now: ${failure}`,
-              fix: `see nginx's error log, or set PROBE_URL in ${site.envFile}`,
+              fix: `see nginx's error log; when only this host cannot ask it (a certificate of your own): set PROBE_URL in ${site.envFile}`,
               onlyWarn: true,
             },
           ]

@@ -16,8 +16,10 @@ export const serviceChecks: Check[] = [
           const port = slot.address.split(':').at(-1) ?? ''
           if (await isFree(slot.address)) return []
           const holders = await engine.publishers(port).catch(() => [])
-          if (holders.some((holder) => holder.name === slot.container)) return []
-          const name = holders[0]?.name
+          const own = await engine.container(slot.container).catch(() => undefined)
+          // Docker lists no port of a container that it is just starting again.
+          if (own && (own.State.Status === 'running' || own.State.Status === 'restarting')) return []
+          const [name] = holders
           return [
             {
               problem: `port ${port} of ${slot.name} is taken${name ? ` by the container ${name}` : ''}`,

@@ -2,7 +2,7 @@
 import { ask, run } from '../command.mts'
 import type { Check, Finding } from '../checks.mts'
 import * as engine from '../engine.mts'
-import { scriptCommand } from '../settings.mts'
+import { asRoot, scriptCommand } from '../settings.mts'
 
 /** Tried with these and later ones. */
 export const minimum = { engine: '20.10', compose: '2.20', nginx: '1.22' }
@@ -13,10 +13,10 @@ export const softwareChecks: Check[] = [
     check: async (site) => {
       const found = await engine.version().catch(() => undefined)
       if (found !== undefined) return tooOld('the container engine', found, minimum.engine)
-      const installed = await ask(['docker', '--version'])
+      const installed = await ask(['dockerd', '--version'])
       const fix = installed
-        ? 'sudo systemctl start docker   (and your user must be in the group "docker")'
-        : `sudo ${scriptCommand('setup', site.envFile, '--install')}`
+        ? `${asRoot('systemctl start docker')}   (and your user must be in the group "docker")`
+        : asRoot(scriptCommand('setup', site.envFile, '--install'))
       return [{ problem: 'the container engine does not answer', fix }]
     },
   },
@@ -24,7 +24,7 @@ export const softwareChecks: Check[] = [
     title: 'Compose',
     check: async (site) => {
       const found = await ask(['docker', 'compose', 'version', '--short'])
-      const fix = `sudo ${scriptCommand('setup', site.envFile, '--install')}`
+      const fix = asRoot(scriptCommand('setup', site.envFile, '--install'))
       if (found === undefined) return [{ problem: '"docker compose" (version 2) is missing', fix }]
       return tooOld('Compose', found, minimum.compose)
     },
@@ -33,7 +33,7 @@ export const softwareChecks: Check[] = [
     title: 'nginx',
     check: async (site) => {
       const lines: string[] = []
-      const fix = `sudo ${scriptCommand('setup', site.envFile, '--install')}`
+      const fix = asRoot(scriptCommand('setup', site.envFile, '--install'))
       // nginx tells its version on stderr.
       const found = await run([...site.nginx.command, '-v'], { onLine: (line) => lines.push(line) }).catch(
         () => undefined,

@@ -259,7 +259,7 @@ describe('setup in a fresh checkout', () => {
 
   test('installs an nginx configuration that is live', async () => {
     const { nginx } = await loadSite(envFile)
-    expect((await getUrl(`http://${nginx.control}/slot`)).body).toBe('master\n')
+    expect((await getUrl(`http://${nginx.control}/upstream`)).body).toBe('master\n')
     const config = JSON.parse((await getUrl(`http://${nginx.control}/config`)).body)
     expect(config).toMatchObject({ uploads: join(own.folder, 'uploads'), site: '127.0.0.1' })
   })
@@ -617,7 +617,7 @@ describe('while master serves', () => {
     const control = `http://${site.nginx.control}/slot`
     await vi.waitFor(() => expect(getUrl(control)).rejects.toThrow('nothing listens'), 10_000)
     await expectRefused(own, deploy, ["nginx does not run this site's configuration"])
-    expect(said.at(-1)).toContain(`sudo npx zx scripts/setup.mts --env-file ${own.envFile}`)
+    expect(said.at(-1)).toContain(`npx zx scripts/setup.mts --env-file ${own.envFile}`)
     await rm(away)
     await mustSucceed(script('setup', own.envFile))
     expect((await getUrl(control)).body).toBe('master\n')

@@ -1,4 +1,5 @@
 /** Runs one command. Commands are plain argv arrays; secrets reach them by environment or file only. */
+import { spawn, type ChildProcessWithoutNullStreams } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { readdir, readFile } from 'node:fs/promises'
@@ -57,6 +58,12 @@ export async function run(argv: string[], options: RunOptions = {}): Promise<str
     output.exitCode === null ? `ended by ${output.signal ?? 'a signal'}` : `exit code ${output.exitCode}`
   const said = (output.stderr.trim() || output.stdout.trim()).split('\n').slice(-5).join('\n')
   throw new Error(`${argv.join(' ')}: ${how}${said ? `\n${said}` : ''}`)
+}
+
+/** Starts a command that is talked to over its stdin; it is marked like all others, and ends when its stdin does. */
+export function converse(argv: string[]): ChildProcessWithoutNullStreams {
+  const [command = '', ...rest] = argv
+  return spawn(command, rest, { env: { ...process.env, ...mark }, detached: true })
 }
 
 /** The command's stdout, or undefined when it fails. For questions, never for changes. */

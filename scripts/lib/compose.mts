@@ -60,6 +60,96 @@ export const logs = (site: Site, slot: SlotName, lines: number) => [
 export const tag = (from: string, to: string) => ['docker', 'tag', from, to]
 export const removeImage = (name: string) => ['docker', 'image', 'rm', name]
 
+/** Sessions that a backup opens in PostgreSQL call themselves this, so that the next run finds those that a kill left. */
+export const backupSession = 'strapi-blue-green-backup'
+
+/** psql as the superuser on the local socket, for a conversation. It stops at the first error. */
+export const psql = (containerId: string, database: string) => [
+  ...inPostgres(containerId, '--interactive'),
+  'psql',
+  '--no-psqlrc',
+  '--quiet',
+  '--tuples-only',
+  '--no-align',
+  '--set=ON_ERROR_STOP=1',
+  '--dbname',
+  database,
+]
+
+/** Dumps the state of an exported snapshot onto the folder that both sides see. Nobody but its owner may read what is written. */
+export const dump = (
+  containerId: string,
+  database: string,
+  snapshot: string,
+  compression: string,
+  file: string,
+) => [
+  ...inPostgres(containerId),
+  ...privately('pg_dump'),
+  '--format=custom',
+  `--compress=${compression}`,
+  `--snapshot=${snapshot}`,
+  `--file=/backup/${file}`,
+  '--dbname',
+  database,
+]
+
+/** Roles with their password hashes, and tablespaces: what a dump of one database leaves out. */
+export const dumpRoles = (containerId: string, file: string) => [
+  ...inPostgres(containerId),
+  ...privately('pg_dumpall'),
+  '--globals-only',
+  `--file=/backup/${file}`,
+]
+
+/** Reads a dump from stdin to its end, and writes nothing. */
+export const readDump = (containerId: string) => [
+  ...inPostgres(containerId, '--interactive'),
+  'pg_restore',
+  '--file=/dev/null',
+]
+
+/** A file that PostgreSQL's user wrote becomes the caller's. */
+export const takeOver = (containerId: string, file: string, owner: string) => [
+  'docker',
+  'exec',
+  '--user=root',
+  containerId,
+  'chown',
+  owner,
+  `/backup/${file}`,
+]
+
+export const listIncoming = (containerId: string) => [
+  'docker',
+  'exec',
+  '--user=root',
+  containerId,
+  'ls',
+  '-A',
+  '/backup',
+]
+
+export const removeIncoming = (containerId: string, files: string[]) => [
+  'docker',
+  'exec',
+  '--user=root',
+  '--workdir=/backup',
+  containerId,
+  'rm',
+  '-f',
+  '--',
+  ...files,
+]
+
+function inPostgres(containerId: string, ...options: string[]): string[] {
+  return ['docker', 'exec', '--user=postgres', `--env=PGAPPNAME=${backupSession}`, ...options, containerId]
+}
+
+function privately(command: string): string[] {
+  return ['sh', '-c', 'umask 077; exec "$0" "$@"', command]
+}
+
 /** A query as the superuser on the local socket: no password, nothing on the network. */
 export const query = (containerId: string, database: string, sql: string) => {
   return [

@@ -1,0 +1,188 @@
+/** Backs up database, uploads and configuration of the running site as one state, and proves that what it wrote can be read. */
+import { parseArgs } from 'node:util'
+import { markCommands, endOrphans, orphans } from './lib/command.mts'
+import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
+import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
+import { listSets, setFolder } from './lib/data/sets.mts'
+import { verifySet } from './lib/data/verify.mts'
+import { readVerified, rememberVerified } from './lib/data/verified.mts'
+import { parseDuration, takeLock } from './lib/lock.mts'
+import * as report from './lib/report.mts'
+import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
+import { loadSite, scriptCommand, type Site } from './lib/settings.mts'
+
+const usage = `
+Backs up the Strapi site while it runs, and reads back what was written.
+
+  npx zx scripts/data.mts [backup]            database, uploads and configuration, as one state
+  npx zx scripts/data.mts list                the sets, oldest first
+  npx zx scripts/data.mts verify [SET]        read every byte of a set; default: latest
+
+  --only PARTS      with backup: database, uploads, config, separated by commas
+  --dry-run         say what would be done, change nothing
+  --env-file FILE   settings (default docker/.env)
+  --wait DURATION   wait for another run to end, for example 30m
+  --quiet           say nothing when all is well, for cron
+  --json            one JSON object a line, the last one is the result
+  --help
+
+Exit codes: 0 done; 1 failed; 2 usage or settings; 3 degraded: the set is there, something is missing in it;
+4 another run holds the lock; 130 interrupted.`
+
+await report.main(async () => {
+  const { values: options, positionals } = parseArgs({
+    args: report.scriptArguments(),
+    allowPositionals: true,
+    options: {
+      only: { type: 'string' },
+      'dry-run': { type: 'boolean' },
+      'env-file': { type: 'string' },
+      wait: { type: 'string' },
+      quiet: { type: 'boolean' },
+      json: { type: 'boolean' },
+      help: { type: 'boolean', short: 'h' },
+    },
+  })
+  if (options.help) return say(usage.trim())
+  report.configureReport({ json: options.json, dryRun: options['dry-run'], quiet: options.quiet })
+  const [command = 'backup', ...rest] = positionals
+  const commands = { backup, list, verify }
+  const action = Object.entries(commands).find(([name]) => name === command)?.[1]
+  if (
+    !action ||
+    rest.length > (command === 'verify' ? 1 : 0) ||
+    (options.only !== undefined && command !== 'backup')
+  )
+    throw new Problem(
+      exitCodes.usage,
+      `unexpected: ${positionals.join(' ')}${options.only ? ' --only' : ''}`,
+      'See --help.',
+    )
+  const parts = partsOf(options.only)
+  const waitMs = parseDuration(options.wait ?? '0')
+  const site = await loadSite(options['env-file'])
+  await action(site, { parts, waitMs, set: rest[0] })
+})
+
+interface Wish {
+  parts: Part[]
+  waitMs: number
+  /** As typed; undefined is the latest. */
+  set: string | undefined
+}
+
+async function backup(site: Site, { parts, waitMs }: Wish): Promise<void> {
+  const lock = report.isDryRun() ? undefined : await takeLock(site.project, 'backup', waitMs)
+  try {
+    markCommands(site.project)
+    await step('1/2', 'See what an earlier run left', () =>
+      report.change('remove what is half-made', () => endLeftovers(site)),
+    )
+    await step('2/2', `Back up ${parts.join(', ')}`, async () => {
+      await report.change(`write a set to ${site.folders.backups}, and read it back`, async () => {
+        const { name, manifest } = await makeBackup(site, parts)
+        const bytes = Object.values(manifest.files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+        report.addToResult({ set: name, bytes, missing: manifest.missing })
+        await rememberVerified(site, { set: name, wrong: [] })
+        if (manifest.missing.length > 0) throw degraded(site, name, manifest.missing)
+        say(`Done: ${setFolder(site, name)}, ${megabytes(bytes)}, read back and right.`)
+      })
+    })
+  } finally {
+    lock?.release()
+  }
+}
+
+function degraded(site: Site, name: string, missing: string[]): Problem {
+  const shown = missing.slice(0, 20).map((line) => `\n  - ${line}`)
+  const more = missing.length > 20 ? `\n  and ${missing.length - 20} more, all in its manifest.json` : ''
+  return new Problem(
+    exitCodes.degraded,
+    `the set ${name} was written, but it lacks:${shown.join('')}${more}`,
+    `Rows that refer to files which are gone can be removed in the media library. The set: ${setFolder(site, name)}`,
+  )
+}
+
+async function endLeftovers(site: Site): Promise<void> {
+  const left = await orphans(site.project)
+  if (left.length > 0) {
+    detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
+    await endOrphans(site.project)
+  }
+  for (const found of await endBackupLeftovers(site)) detail(`an earlier run left ${found}: removed`)
+}
+
+async function list(site: Site): Promise<void> {
+  const names = await listSets(site)
+  const verified = await readVerified(site)
+  const sets = []
+  for (const name of names) {
+    const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
+    if (manifest instanceof Error) {
+      warn(`${name} ${manifest.message}`)
+      continue
+    }
+    const bytes = Object.values(manifest.files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+    const last = verified.findLast((one) => one.set === name)
+    const proof =
+      last === undefined
+        ? 'never verified'
+        : last.wrong.length === 0
+          ? `right on ${last.at.slice(0, 10)}`
+          : `DAMAGED: ${last.wrong.join('; ')}`
+    const missing = manifest.missing.length > 0 ? `, ${manifest.missing.length} MISSING` : ''
+    sets.push({
+      name,
+      bytes,
+      parts: manifest.parts,
+      release: manifest.release,
+      missing: manifest.missing,
+      verified: last,
+    })
+    say(
+      `${name}  ${megabytes(bytes).padStart(10)}  ${manifest.parts.join(', ')}, release ${manifest.release ?? 'unknown'}, ${proof}${missing}`,
+    )
+  }
+  report.addToResult({ sets })
+  if (names.length === 0)
+    say(`There is no set yet in ${site.folders.backups}. Make one: ${scriptCommand('data', site.envFile)}`)
+}
+
+async function verify(site: Site, { set = 'latest' }: Wish): Promise<void> {
+  const names = await listSets(site)
+  const name = set === 'latest' ? names.at(-1) : names.find((one) => one === set)
+  if (name === undefined)
+    throw new Problem(
+      exitCodes.usage,
+      `there is no set ${set} in ${site.folders.backups}`,
+      `See: ${scriptCommand('data', site.envFile, 'list')}`,
+    )
+  await report.change(`read ${name} to its end`, async () => {
+    const wrong = await report.alive(
+      () => `reading ${name}`,
+      () => verifySet(site, name),
+    )
+    await rememberVerified(site, { set: name, wrong })
+    report.addToResult({ set: name, wrong })
+    if (wrong.length > 0)
+      throw new Problem(
+        exitCodes.failed,
+        `${name} is damaged:${wrong.map((line) => `\n  - ${line}`).join('')}`,
+        `Use another one: ${scriptCommand('data', site.envFile, 'list')}`,
+      )
+    say(`${name} is what was written, and can be read to its end.`)
+  })
+}
+
+function partsOf(only: string | undefined): Part[] {
+  if (only === undefined) return [...allParts]
+  const wanted = only.split(',').map((word) => word.trim())
+  const unknown = wanted.filter((word) => !allParts.some((part) => part === word))
+  if (unknown.length > 0)
+    throw new Problem(
+      exitCodes.usage,
+      `--only does not know "${unknown.join(', ')}"`,
+      `It takes ${allParts.join(', ')}.`,
+    )
+  return allParts.filter((part) => wanted.includes(part))
+}

@@ -4,7 +4,7 @@ import { markCommands, endOrphans, orphans } from './lib/command.mts'
 import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
 import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
 import { listSets, setFolder } from './lib/data/sets.mts'
-import { verifySet } from './lib/data/verify.mts'
+import { verifyDeeply, verifySet } from './lib/data/verify.mts'
 import { readVerified, rememberVerified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
@@ -19,6 +19,7 @@ Backs up the Strapi site while it runs, and reads back what was written.
   npx zx scripts/data.mts verify [SET]        read every byte of a set; default: latest
 
   --only PARTS      with backup: database, uploads, config, separated by commas
+  --deep            with verify: also restore the dump into a database of its own, and compare
   --dry-run         say what would be done, change nothing
   --env-file FILE   settings (default docker/.env)
   --wait DURATION   wait for another run to end, for example 30m
@@ -35,6 +36,7 @@ await report.main(async () => {
     allowPositionals: true,
     options: {
       only: { type: 'string' },
+      deep: { type: 'boolean' },
       'dry-run': { type: 'boolean' },
       'env-file': { type: 'string' },
       wait: { type: 'string' },
@@ -51,22 +53,25 @@ await report.main(async () => {
   if (
     !action ||
     rest.length > (command === 'verify' ? 1 : 0) ||
-    (options.only !== undefined && command !== 'backup')
+    (options.only !== undefined && command !== 'backup') ||
+    (options.deep && command !== 'verify')
   )
     throw new Problem(
       exitCodes.usage,
-      `unexpected: ${positionals.join(' ')}${options.only ? ' --only' : ''}`,
+      `unexpected: ${[...positionals, options.only && '--only', options.deep && '--deep'].filter(Boolean).join(' ')}`,
       'See --help.',
     )
   const parts = partsOf(options.only)
   const waitMs = parseDuration(options.wait ?? '0')
   const site = await loadSite(options['env-file'])
-  await action(site, { parts, waitMs, set: rest[0] })
+  await action(site, { parts, waitMs, set: rest[0], deep: options.deep ?? false })
 })
 
 interface Wish {
   parts: Part[]
   waitMs: number
+  /** Restores the dump, too. */
+  deep: boolean
   /** As typed; undefined is the latest. */
   set: string | undefined
 }
@@ -83,7 +88,7 @@ async function backup(site: Site, { parts, waitMs }: Wish): Promise<void> {
         const { name, manifest } = await makeBackup(site, parts)
         const bytes = Object.values(manifest.files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
         report.addToResult({ set: name, bytes, missing: manifest.missing })
-        await rememberVerified(site, { set: name, wrong: [] })
+        await rememberVerified(site, { set: name, deep: false, wrong: [] })
         if (manifest.missing.length > 0) throw degraded(site, name, manifest.missing)
         say(`Done: ${setFolder(site, name)}, ${megabytes(bytes)}, read back and right.`)
       })
@@ -128,7 +133,7 @@ async function list(site: Site): Promise<void> {
       last === undefined
         ? 'never verified'
         : last.wrong.length === 0
-          ? `right on ${last.at.slice(0, 10)}`
+          ? `${last.deep ? 'restored' : 'read'} and right on ${last.at.slice(0, 10)}`
           : `DAMAGED: ${last.wrong.join('; ')}`
     const missing = manifest.missing.length > 0 ? `, ${manifest.missing.length} MISSING` : ''
     sets.push({
@@ -148,7 +153,7 @@ async function list(site: Site): Promise<void> {
     say(`There is no set yet in ${site.folders.backups}. Make one: ${scriptCommand('data', site.envFile)}`)
 }
 
-async function verify(site: Site, { set = 'latest' }: Wish): Promise<void> {
+async function verify(site: Site, { set = 'latest', deep, waitMs }: Wish): Promise<void> {
   const names = await listSets(site)
   const name = set === 'latest' ? names.at(-1) : names.find((one) => one === set)
   if (name === undefined)
@@ -157,21 +162,44 @@ async function verify(site: Site, { set = 'latest' }: Wish): Promise<void> {
       `there is no set ${set} in ${site.folders.backups}`,
       `See: ${scriptCommand('data', site.envFile, 'list')}`,
     )
-  await report.change(`read ${name} to its end`, async () => {
-    const wrong = await report.alive(
-      () => `reading ${name}`,
-      () => verifySet(site, name),
+  // Not the lock of the site: a deploy need not wait for it.
+  const lock =
+    deep && !report.isDryRun() ? await takeLock(`${site.project}/verify`, 'verify --deep', waitMs) : undefined
+  try {
+    await report.change(
+      deep ? `read ${name} to its end, restore its dump for a look` : `read ${name} to its end`,
+      async () => {
+        const wrong = await report.alive(
+          () => `reading ${name}`,
+          () => verifySet(site, name),
+        )
+        if (deep && wrong.length === 0) {
+          wrong.push(
+            ...(await report.alive(
+              () => `restoring the dump of ${name} for a look`,
+              () => verifyDeeply(site, name),
+            )),
+          )
+        }
+        await rememberVerified(site, { set: name, deep, wrong })
+        report.addToResult({ set: name, deep, wrong })
+        if (wrong.length > 0) throw damaged(site, name, wrong)
+        say(
+          `${name} is what was written, ${deep ? 'and its dump was restored and compared.' : 'and can be read to its end.'}`,
+        )
+      },
     )
-    await rememberVerified(site, { set: name, wrong })
-    report.addToResult({ set: name, wrong })
-    if (wrong.length > 0)
-      throw new Problem(
-        exitCodes.failed,
-        `${name} is damaged:${wrong.map((line) => `\n  - ${line}`).join('')}`,
-        `Use another one: ${scriptCommand('data', site.envFile, 'list')}`,
-      )
-    say(`${name} is what was written, and can be read to its end.`)
-  })
+  } finally {
+    lock?.release()
+  }
+}
+
+function damaged(site: Site, name: string, wrong: string[]): Problem {
+  return new Problem(
+    exitCodes.failed,
+    `${name} is damaged:${wrong.map((line) => `\n  - ${line}`).join('')}`,
+    `Use another one: ${scriptCommand('data', site.envFile, 'list')}`,
+  )
 }
 
 function partsOf(only: string | undefined): Part[] {

@@ -5,9 +5,10 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
-import { backupSession, query } from '../scripts/lib/compose.mts'
+import { query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
-import { readManifest } from '../scripts/lib/data/manifest.mts'
+import { readManifest, writeManifest } from '../scripts/lib/data/manifest.mts'
+import { backupSession } from '../scripts/lib/data/postgresql.mts'
 import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
 import { loadSite, type Site } from '../scripts/lib/settings.mts'
 import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './harness.mts'
@@ -131,9 +132,9 @@ describe('a backup', () => {
   })
 
   test('has every file that its own state refers to while pictures come and go', async () => {
-    let stop = false
+    const stopping = new AbortController()
     const editors = (async () => {
-      for (let number = 0; !stop; number += 1) {
+      for (let number = 0; !stopping.signal.aborted; number += 1) {
         await addPicture(`live_${number}.png`)
         // Gone for good: the file first, then the row, as Strapi does.
         if (number % 3 === 2) {
@@ -150,7 +151,7 @@ describe('a backup', () => {
         expect(uploads?.files).toBeGreaterThan(400)
       }
     } finally {
-      stop = true
+      stopping.abort()
       await editors
     }
   })
@@ -242,13 +243,16 @@ describe('a set that was damaged', () => {
     good = await makeSet()
   })
 
-  async function verifyDamaged(damage: (folder: string) => Promise<unknown>): Promise<string> {
+  async function verifyDamaged(
+    damage: (folder: string) => Promise<unknown>,
+    ...options: string[]
+  ): Promise<string> {
     const folder = setFolder(site, bad)
     await cp(setFolder(site, good), folder, { recursive: true })
     await run(['chmod', '-R', 'u+w', folder])
     try {
       await damage(folder)
-      const outcome = await own.run('data', 'verify', bad)
+      const outcome = await own.run('data', 'verify', bad, ...options)
       expect(outcome.code, outcome.stdout).toBe(1)
       return outcome.stderr
     } finally {
@@ -270,8 +274,29 @@ describe('a set that was damaged', () => {
   test('is told from one that was not', async () => {
     expect((await mustSucceed(own.run('data', 'verify', good))).stdout).toContain('can be read to its end')
     expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(
-      new RegExp(`^${good} .* right on \\d{4}-\\d{2}-\\d{2}$`, 'm'),
+      new RegExp(`^${good} .* read and right on \\d{4}-\\d{2}-\\d{2}$`, 'm'),
     )
+  })
+
+  test('of which the dump is restored and compared with --deep, beside the live database', async () => {
+    const { stdout } = await mustSucceed(own.run('data', 'verify', good, '--deep'))
+    expect(stdout).toContain('restored and compared')
+    expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(
+      new RegExp(`^${good} .* restored and right on`, 'm'),
+    )
+    expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
+  })
+
+  test('so that all its sums are right is found with --deep when the rows are other ones', async () => {
+    const said = await verifyDamaged(async (folder) => {
+      const manifest = await readManifest(folder)
+      const rows = { ...manifest.database?.rows, 'public.pings': 501, 'public.none': 1 }
+      const database = manifest.database && { ...manifest.database, rows }
+      await writeManifest(folder, { ...manifest, database })
+    }, '--deep')
+    expect(said).toContain('public.pings has 500 rows instead of 501')
+    expect(said).toContain('public.none has no rows instead of 1')
+    expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
   })
 
   test.each(files)('in %s is found: a bit flipped, cut, deleted', async (file) => {

@@ -2,7 +2,7 @@
 import { spawn, type ChildProcessWithoutNullStreams } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { createInterface } from 'node:readline'
-import { readdir, readFile } from 'node:fs/promises'
+import { open, readdir, readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx'
 
@@ -10,6 +10,8 @@ export interface RunOptions {
   /** Added to this process's own environment. */
   env?: Record<string, string>
   cwd?: string
+  /** A file that the command gets on its stdin; nothing by default. */
+  input?: string
   timeoutMs?: number
   signal?: AbortSignal
   /** For what goes on running afterwards: it must not look like something that a killed run left behind. */
@@ -36,8 +38,18 @@ export function markCommands(project: string): void {
  * @throws Error with the command, its exit code and the end of its stderr
  */
 export async function run(argv: string[], options: RunOptions = {}): Promise<string> {
+  if (options.input === undefined) return await runWith('ignore', argv, options)
+  const file = await open(options.input, 'r')
+  try {
+    return await runWith(file.fd, argv, options)
+  } finally {
+    await file.close()
+  }
+}
+
+async function runWith(stdin: 'ignore' | number, argv: string[], options: RunOptions): Promise<string> {
   const child = $({
-    stdio: ['ignore', 'pipe', 'pipe'],
+    stdio: [stdin, 'pipe', 'pipe'],
     env: { ...process.env, ...(options.daemon ? {} : mark), ...options.env },
     cwd: options.cwd ?? process.cwd(),
     detached: true,

@@ -3,7 +3,7 @@ import { createHmac } from 'node:crypto'
 import { readFile, statfs, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { run } from '../command.mts'
-import * as compose from '../compose.mts'
+import { query } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
 import { alive, exitCodes, pause, Problem } from '../report.mts'
@@ -12,6 +12,7 @@ import { composeCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { archiveConfig } from './config.mts'
 import { format, sumOf, writeManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
+import * as tools from './postgresql.mts'
 import { recovery } from './recovery.mts'
 import {
   adopt,
@@ -39,14 +40,14 @@ export async function endBackupLeftovers(site: Site): Promise<string[]> {
   }
   const postgresql = await runningPostgresql(site)
   if (postgresql === undefined) return found
-  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '${compose.backupSession}' AND pid <> pg_backend_pid()`
-  const ended = Number(await run(compose.query(postgresql, 'postgres', end)))
+  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '${tools.backupSession}' AND pid <> pg_backend_pid()`
+  const ended = Number(await run(query(postgresql, 'postgres', end)))
   if (ended > 0) found.push(`${ended} sessions of a backup in PostgreSQL`)
-  const files = (await run(compose.listIncoming(postgresql)))
+  const files = (await run(tools.listIncoming(postgresql)))
     .split('\n')
     .filter((name) => /^[\d-]+\.(dump|sql)$/.test(name))
   if (files.length > 0) {
-    await run(compose.removeIncoming(postgresql, files))
+    await run(tools.removeIncoming(postgresql, files))
     found.push(`half-written files (${files.join(', ')})`)
   }
   return found
@@ -163,29 +164,35 @@ async function dumpDatabase(
   const options = { timeoutMs: 12 * 3_600_000 }
   const written = [
     {
-      argv: compose.dump(database, site.database.name, snapshot.id, compression, `${name}.dump`),
+      argv: tools.dump(database, {
+        database: site.database.name,
+        snapshot: snapshot.id,
+        compression,
+        file: `${name}.dump`,
+      }),
       from: `${name}.dump`,
       to: 'database.dump',
     },
-    { argv: compose.dumpRoles(database, `${name}.sql`), from: `${name}.sql`, to: 'roles.sql' },
+    { argv: tools.dumpRoles(database, `${name}.sql`), from: `${name}.sql`, to: 'roles.sql' },
   ]
   for (const { argv, from, to } of written) {
     await alive(
       () => `dumping ${to}`,
       () => run(argv, options),
     )
-    await run(compose.takeOver(database, from, owner))
+    await run(tools.takeOver(database, from, owner))
     await adopt(join(incomingFolder(site), from), join(folder, to))
   }
   await run(
-    compose.removeIncoming(
+    tools.removeIncoming(
       database,
       written.map(({ from }) => from),
     ),
   )
 }
 
-async function runningPostgresql(site: Site): Promise<string | undefined> {
+/** Id of PostgreSQL's container, or undefined. */
+export async function runningPostgresql(site: Site): Promise<string | undefined> {
   const containers = await engine.serviceContainers(site.project, 'postgresql')
   return containers.find((one) => one.State.Status === 'running')?.Id
 }
@@ -211,9 +218,7 @@ async function needSpace(site: Site, parts: Part[], database: string | undefined
   const size = `SELECT pg_database_size('${site.database.name.replaceAll("'", "''")}')`
   const needed =
     (parts.includes('uploads') ? await folderBytes(site.folders.uploads) : 0) +
-    (parts.includes('database') && database
-      ? Number(await run(compose.query(database, 'postgres', size))) / 2
-      : 0)
+    (parts.includes('database') && database ? Number(await run(query(database, 'postgres', size))) / 2 : 0)
   const disk = await statfs(site.folders.backups)
   const free = disk.bavail * disk.bsize
   if (needed < free) return

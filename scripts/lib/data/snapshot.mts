@@ -2,7 +2,7 @@
 import { once } from 'node:events'
 import { createInterface } from 'node:readline'
 import { converse } from '../command.mts'
-import { psql } from '../compose.mts'
+import { psql } from './postgresql.mts'
 
 export interface Snapshot {
   /** Name for `pg_dump --snapshot`. */

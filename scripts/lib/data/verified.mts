@@ -8,6 +8,8 @@ import type { Site } from '../settings.mts'
 export interface Verified {
   at: string
   set: string
+  /** Whether its dump was restored, too. */
+  deep: boolean
   /** What was wrong, one sentence each; empty when all was right. */
   wrong: string[]
 }

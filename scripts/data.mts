@@ -2,13 +2,14 @@
 import { parseArgs } from 'node:util'
 import { markCommands, endOrphans, orphans } from './lib/command.mts'
 import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
-import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
-import { listSets, setFolder } from './lib/data/sets.mts'
+import { parts as allParts, readManifest, type Manifest, type Part } from './lib/data/manifest.mts'
+import { alarmOf, known, retention } from './lib/data/retention.mts'
+import { listSets, removeSet, setFolder } from './lib/data/sets.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
-import { readVerified, rememberVerified } from './lib/data/verified.mts'
+import { readVerified, rememberVerified, type Verified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
-import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
+import { detail, exitCodes, Problem, say, warn } from './lib/report.mts'
 import { loadSite, scriptCommand, type Site } from './lib/settings.mts'
 
 const usage = `
@@ -17,6 +18,8 @@ Backs up the Strapi site while it runs, and reads back what was written.
   npx zx scripts/data.mts [backup]            database, uploads and configuration, as one state
   npx zx scripts/data.mts list                the sets, oldest first
   npx zx scripts/data.mts verify [SET]        read every byte of a set; default: latest
+  npx zx scripts/data.mts prune               remove sets that KEEP_DAILY, KEEP_WEEKLY and KEEP_MONTHLY do not ask for;
+                                              with --dry-run: why each stays or goes
 
   --only PARTS      with backup: database, uploads, config, separated by commas
   --deep            with verify: also restore the dump into a database of its own, and compare
@@ -48,7 +51,7 @@ await report.main(async () => {
   if (options.help) return say(usage.trim())
   report.configureReport({ json: options.json, dryRun: options['dry-run'], quiet: options.quiet })
   const [command = 'backup', ...rest] = positionals
-  const commands = { backup, list, verify }
+  const commands = { backup, list, verify, prune }
   const action = Object.entries(commands).find(([name]) => name === command)?.[1]
   if (
     !action ||
@@ -77,25 +80,18 @@ interface Wish {
 }
 
 async function backup(site: Site, { parts, waitMs }: Wish): Promise<void> {
-  const lock = report.isDryRun() ? undefined : await takeLock(site.project, 'backup', waitMs)
-  try {
-    markCommands(site.project)
-    await step('1/2', 'See what an earlier run left', () =>
-      report.change('remove what is half-made', () => endLeftovers(site)),
-    )
-    await step('2/2', `Back up ${parts.join(', ')}`, async () => {
-      await report.change(`write a set to ${site.folders.backups}, and read it back`, async () => {
+  await locked(site, 'backup', waitMs, async () => {
+    await report.change(
+      `write ${parts.join(', ')} to a set in ${site.folders.backups}, and read it back`,
+      async () => {
         const { name, manifest } = await makeBackup(site, parts)
-        const bytes = Object.values(manifest.files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
-        report.addToResult({ set: name, bytes, missing: manifest.missing })
+        report.addToResult({ set: name, bytes: bytesOf(manifest), missing: manifest.missing })
         await rememberVerified(site, { set: name, deep: false, wrong: [] })
         if (manifest.missing.length > 0) throw degraded(site, name, manifest.missing)
-        say(`Done: ${setFolder(site, name)}, ${megabytes(bytes)}, read back and right.`)
-      })
-    })
-  } finally {
-    lock?.release()
-  }
+        say(`Done: ${setFolder(site, name)}, ${megabytes(bytesOf(manifest))}, read back and right.`)
+      },
+    )
+  })
 }
 
 function degraded(site: Site, name: string, missing: string[]): Problem {
@@ -118,17 +114,10 @@ async function endLeftovers(site: Site): Promise<void> {
 }
 
 async function list(site: Site): Promise<void> {
-  const names = await listSets(site)
-  const verified = await readVerified(site)
-  const sets = []
-  for (const name of names) {
-    const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
-    if (manifest instanceof Error) {
-      warn(`${name} ${manifest.message}`)
-      continue
-    }
-    const bytes = Object.values(manifest.files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
-    const last = verified.findLast((one) => one.set === name)
+  const { sets, unreadable } = await lookAtSets(site)
+  for (const line of unreadable) warn(line)
+  for (const { name, manifest, last } of sets) {
+    const bytes = bytesOf(manifest)
     const proof =
       last === undefined
         ? 'never verified'
@@ -136,21 +125,74 @@ async function list(site: Site): Promise<void> {
           ? `${last.deep ? 'restored' : 'read'} and right on ${last.at.slice(0, 10)}`
           : `DAMAGED: ${last.wrong.join('; ')}`
     const missing = manifest.missing.length > 0 ? `, ${manifest.missing.length} MISSING` : ''
-    sets.push({
-      name,
+    const what = `${manifest.parts.join(', ')}, release ${manifest.release ?? 'unknown'}`
+    say(`${name}  ${megabytes(bytes).padStart(10)}  ${what}, ${proof}${missing}`, 'set', {
+      set: name,
       bytes,
       parts: manifest.parts,
       release: manifest.release,
       missing: manifest.missing,
       verified: last,
     })
-    say(
-      `${name}  ${megabytes(bytes).padStart(10)}  ${manifest.parts.join(', ')}, release ${manifest.release ?? 'unknown'}, ${proof}${missing}`,
-    )
   }
-  report.addToResult({ sets })
-  if (names.length === 0)
+  if (sets.length === 0)
     say(`There is no set yet in ${site.folders.backups}. Make one: ${scriptCommand('data', site.envFile)}`)
+}
+
+/** Every set with what it says of itself and what was last seen of it, oldest first. */
+async function lookAtSets(site: Site) {
+  const verified = await readVerified(site)
+  const sets: { name: string; manifest: Manifest; last: Verified | undefined }[] = []
+  const unreadable: string[] = []
+  for (const name of await listSets(site)) {
+    const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
+    if (manifest instanceof Error) unreadable.push(`${name}: ${manifest.message}`)
+    else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
+  }
+  return { sets, unreadable }
+}
+
+async function prune(site: Site, { waitMs }: Wish): Promise<void> {
+  await locked(site, 'prune', waitMs, async () => {
+    const { sets, unreadable } = await lookAtSets(site)
+    for (const line of unreadable) warn(`stays: ${line}`)
+    const looked = sets.map(({ name, manifest, last }) =>
+      known(name, manifest, last && last.wrong.length === 0),
+    )
+    const verdicts = retention(looked, site.keepSets, new Date())
+    for (const { name, keep, reason } of verdicts) {
+      say(`${name} ${keep ? 'stays' : 'goes'}: ${reason}`, 'verdict', { set: name, keep, reason })
+      if (!keep) await report.change(`remove ${name}`, () => removeSet(site, name))
+    }
+    const alarm = alarmOf(looked, new Date())
+    if (alarm)
+      throw new Problem(
+        exitCodes.degraded,
+        alarm,
+        `Look at it: ${scriptCommand('data', site.envFile, 'verify latest')}\nIf it is as it should be, another backup of that size makes this pass.`,
+      )
+  })
+}
+
+/** Under the lock of the site, with what an earlier run left removed first. */
+async function locked(
+  site: Site,
+  command: string,
+  waitMs: number,
+  action: () => Promise<void>,
+): Promise<void> {
+  const lock = report.isDryRun() ? undefined : await takeLock(site.project, command, waitMs)
+  try {
+    markCommands(site.project)
+    await report.change('remove what an earlier run left half-made', () => endLeftovers(site))
+    await action()
+  } finally {
+    lock?.release()
+  }
+}
+
+function bytesOf({ files }: Manifest): number {
+  return Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
 }
 
 async function verify(site: Site, { set = 'latest', deep, waitMs }: Wish): Promise<void> {

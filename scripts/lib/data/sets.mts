@@ -54,7 +54,15 @@ export async function commitSet(site: Site, name: string): Promise<void> {
   await syncFolder(site.folders.backups)
 }
 
-/** Names of the sets that a killed run left half-made. */
+/** Removes a finished set. It stops being one at once; killed here, the next run removes the rest. */
+export async function removeSet(site: Site, name: string): Promise<void> {
+  const folder = `${partial}${name}`
+  await chmod(setFolder(site, name), 0o700)
+  await rename(setFolder(site, name), join(site.folders.backups, folder))
+  await removePartial(site, folder)
+}
+
+/** Names of the sets that a killed run left half-made, or half-removed. */
 export async function partialSets(site: Site): Promise<string[]> {
   const names = await readdir(site.folders.backups)
   return names.filter((name) => name.startsWith(partial) && namePattern.test(name.slice(partial.length)))

@@ -34,10 +34,10 @@ export interface Running {
 
 export interface TestSite extends OwnSite {
   /** Runs a script to its end. */
-  run(script: 'deploy' | 'setup', ...options: string[]): Promise<Outcome>
+  run(script: 'deploy' | 'setup' | 'data', ...options: string[]): Promise<Outcome>
   /** Starts a script with --json; `onEvent` sees each event as it comes. */
   begin(
-    script: 'deploy' | 'setup',
+    script: 'deploy' | 'setup' | 'data',
     options: string[],
     onEvent?: (event: Event, child: ChildProcess) => void,
   ): Running

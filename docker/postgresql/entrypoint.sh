@@ -43,7 +43,8 @@ become_postgres() {
   mkdir -p "$PGDATA" /backup
   find "$PGDATA" ! -user postgres -exec chown -h postgres:postgres {} +
   chown postgres:postgres /backup
-  chmod 0700 "$PGDATA" /backup
+  chmod 0700 "$PGDATA"
+  chmod 0711 /backup # whoever makes a backup takes its file from here by name
   # Which of them there is depends on the image.
   for drop in gosu su-exec; do
     if command -v "$drop" > /dev/null; then exec "$drop" postgres "$0" "$@"; fi

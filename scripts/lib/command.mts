@@ -1,7 +1,8 @@
 /** Runs one command. Commands are plain argv arrays; secrets reach them by environment or file only. */
+import { spawn, type ChildProcessWithoutNullStreams } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { createInterface } from 'node:readline'
-import { readdir, readFile } from 'node:fs/promises'
+import { open, readdir, readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx'
 
@@ -9,6 +10,8 @@ export interface RunOptions {
   /** Added to this process's own environment. */
   env?: Record<string, string>
   cwd?: string
+  /** A file that the command gets on its stdin; nothing by default. */
+  input?: string
   timeoutMs?: number
   signal?: AbortSignal
   /** For what goes on running afterwards: it must not look like something that a killed run left behind. */
@@ -35,8 +38,18 @@ export function markCommands(project: string): void {
  * @throws Error with the command, its exit code and the end of its stderr
  */
 export async function run(argv: string[], options: RunOptions = {}): Promise<string> {
+  if (options.input === undefined) return await runWith('ignore', argv, options)
+  const file = await open(options.input, 'r')
+  try {
+    return await runWith(file.fd, argv, options)
+  } finally {
+    await file.close()
+  }
+}
+
+async function runWith(stdin: 'ignore' | number, argv: string[], options: RunOptions): Promise<string> {
   const child = $({
-    stdio: ['ignore', 'pipe', 'pipe'],
+    stdio: [stdin, 'pipe', 'pipe'],
     env: { ...process.env, ...(options.daemon ? {} : mark), ...options.env },
     cwd: options.cwd ?? process.cwd(),
     detached: true,
@@ -57,6 +70,12 @@ export async function run(argv: string[], options: RunOptions = {}): Promise<str
     output.exitCode === null ? `ended by ${output.signal ?? 'a signal'}` : `exit code ${output.exitCode}`
   const said = (output.stderr.trim() || output.stdout.trim()).split('\n').slice(-5).join('\n')
   throw new Error(`${argv.join(' ')}: ${how}${said ? `\n${said}` : ''}`)
+}
+
+/** Starts a command that is talked to over its stdin; it is marked like all others, and ends when its stdin does. */
+export function converse(argv: string[]): ChildProcessWithoutNullStreams {
+  const [command = '', ...rest] = argv
+  return spawn(command, rest, { env: { ...process.env, ...mark }, detached: true })
 }
 
 /** The command's stdout, or undefined when it fails. For questions, never for changes. */

@@ -57,7 +57,7 @@ function isGood({ result }: Entry): boolean {
 }
 
 /** What the text holds, or nothing when a power cut has torn it; the entries around it are whole. */
-function parseTorn<T>(text: string): T[] {
+export function parseTorn<T>(text: string): T[] {
   if (!text.trim()) return []
   try {
     return [JSON.parse(text) as T]

@@ -15,16 +15,21 @@ export class Problem extends Error {
   }
 }
 
-const mode = { json: false, dryRun: false }
+const mode = { json: false, dryRun: false, quiet: false }
 const interruption = new AbortController()
 let result: Record<string, unknown> = {}
 
 /** Aborted by Ctrl-C, SIGTERM or a lost terminal. Waits end with it; commands under way are let finish. */
 export const interrupted = interruption.signal
 
-export function configureReport(options: { json?: boolean | undefined; dryRun?: boolean | undefined }): void {
+export function configureReport(options: {
+  json?: boolean | undefined
+  dryRun?: boolean | undefined
+  quiet?: boolean | undefined
+}): void {
   mode.json = options.json ?? false
   mode.dryRun = options.dryRun ?? false
+  mode.quiet = options.quiet ?? false
 }
 
 export function isDryRun(): boolean {
@@ -35,7 +40,7 @@ export function isDryRun(): boolean {
 export function say(message: string, event = 'info', fields: Record<string, unknown> = {}): void {
   if (mode.json) {
     process.stdout.write(`${JSON.stringify({ event, at: new Date().toISOString(), message, ...fields })}\n`)
-  } else {
+  } else if (!mode.quiet || event === 'warning') {
     process.stdout.write(`${message}\n`)
   }
 }

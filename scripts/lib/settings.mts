@@ -42,6 +42,8 @@ export interface Site {
   health: { intervalMs: number; timeoutMs: number; smokePaths: string[] }
   drainTimeoutMs: number
   keepReleases: number
+  /** Backup sets that stay, by the newest of so many days, weeks and months. */
+  keepSets: { daily: number; weekly: number; monthly: number }
   /** `dial` replaces the host of `url` when connecting. */
   probe: { url: string; dial: string | undefined }
   database: { name: string; user: string }
@@ -117,7 +119,7 @@ export async function projectOf(envFile: string): Promise<string> {
 }
 
 /** The command of one of our scripts for this settings file, as an operator types it in the project's folder. */
-export function scriptCommand(script: 'deploy' | 'setup', envFile: string, options = ''): string {
+export function scriptCommand(script: 'deploy' | 'setup' | 'data', envFile: string, options = ''): string {
   const file = envFile === resolve(projectRoot, 'docker/.env') ? '' : ` --env-file ${envFile}`
   return `npx zx scripts/${script}.mts${file}${options ? ` ${options}` : ''}`
 }
@@ -149,7 +151,15 @@ const required = [
   'STRAPI_VERSION',
 ]
 const ports = ['MASTER_PORT', 'SLAVE_PORT', 'CONTROL_PORT']
-const numbers = { HEALTH_INTERVAL: 0.1, HEALTH_TIMEOUT: 1, DRAIN_TIMEOUT: 0, KEEP_RELEASES: 1 }
+const numbers = {
+  HEALTH_INTERVAL: 0.1,
+  HEALTH_TIMEOUT: 1,
+  DRAIN_TIMEOUT: 0,
+  KEEP_RELEASES: 1,
+  KEEP_DAILY: 0,
+  KEEP_WEEKLY: 0,
+  KEEP_MONTHLY: 0,
+}
 const names = ['NETWORK_NAME', 'POSTGRES_USER', 'POSTGRES_DB']
 
 /** Everything wrong with the values themselves, one sentence each. */
@@ -256,6 +266,11 @@ function siteOf(envFile: string, values: Record<string, string>): Site {
     },
     drainTimeoutMs: Number(value('DRAIN_TIMEOUT')) * 1000,
     keepReleases: Number(value('KEEP_RELEASES')),
+    keepSets: {
+      daily: Number(value('KEEP_DAILY')),
+      weekly: Number(value('KEEP_WEEKLY')),
+      monthly: Number(value('KEEP_MONTHLY')),
+    },
     probe: value('PROBE_URL')
       ? { url: value('PROBE_URL'), dial: undefined }
       : {

@@ -1,0 +1,147 @@
+/** Writes a tar file entry by entry. A file that changes while it is read is read again, or left out and named: never cut. */
+import { createHash, type Hash } from 'node:crypto'
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  ftruncateSync,
+  openSync,
+  readSync,
+  writeSync,
+  type Stats,
+} from 'node:fs'
+import { setImmediate as breathe } from 'node:timers/promises'
+import { Header, Pax } from 'tar'
+
+export interface Added {
+  sizeBytes: number
+  sha256: string
+  mtimeMs: number
+  inode: number
+}
+
+export interface Archive {
+  /**
+   * Adds a file under a name of its own.
+   * @returns what was added, or why nothing was
+   */
+  addFile(path: string, name: string): Promise<Added | { skipped: string }>
+  addText(text: string, name: string): void
+  /** Ends the archive. */
+  close(): void
+  readonly sizeBytes: number
+}
+
+const blockBytes = 512
+const bufferBytes = 1 << 20
+const tries = 5
+
+/** Synchronous calls: 12,000 small files cost a third of the time that promises cost. Between files others get their turn. */
+export function createArchive(tarPath: string): Archive {
+  const archive = openSync(tarPath, 'wx', 0o600)
+  const buffer = Buffer.allocUnsafe(bufferBytes)
+  let at = 0
+
+  function write(bytes: Buffer): void {
+    for (let written = 0; written < bytes.length;) {
+      written += writeSync(archive, bytes, written, bytes.length - written, at + written)
+    }
+    at += bytes.length
+  }
+
+  function writeHeader(name: string, sizeBytes: number, mtimeMs: number, mode: number): void {
+    const header = new Header({
+      path: name,
+      size: sizeBytes,
+      mtime: new Date(Math.floor(mtimeMs / 1000) * 1000),
+      mode,
+      type: 'File',
+      uid: 0,
+      gid: 0,
+    })
+    const block = Buffer.alloc(blockBytes)
+    // What does not fit into the block (a long name, a size of 8 GB) is said in a block before it.
+    if (header.encode(block, 0)) write(new Pax({ path: name, size: sizeBytes }).encode())
+    write(block)
+  }
+
+  function pad(sizeBytes: number): void {
+    const rest = sizeBytes % blockBytes
+    if (rest > 0) write(Buffer.alloc(blockBytes - rest))
+  }
+
+  /** @returns whether exactly `sizeBytes` were there */
+  function copy(from: number, sizeBytes: number, hash: Hash): boolean {
+    for (let left = sizeBytes; left > 0;) {
+      const read = readSync(from, buffer, 0, Math.min(left, bufferBytes), null)
+      if (read === 0) return false
+      const part = buffer.subarray(0, read)
+      hash.update(part)
+      write(part)
+      left -= read
+    }
+    return true
+  }
+
+  function tryFile(path: string, name: string): Added | { skipped: string } | undefined {
+    // A link or a pipe put there by somebody must neither be followed nor waited for.
+    const from = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK)
+    const start = at
+    try {
+      const before = fstatSync(from)
+      if (!before.isFile()) return { skipped: 'is not a plain file' }
+      const hash = createHash('sha256')
+      writeHeader(name, before.size, before.mtimeMs, before.mode & 0o777)
+      if (copy(from, before.size, hash) && isSame(before, fstatSync(from))) {
+        pad(before.size)
+        return {
+          sizeBytes: before.size,
+          sha256: hash.digest('hex'),
+          mtimeMs: before.mtimeMs,
+          inode: before.ino,
+        }
+      }
+      ftruncateSync(archive, start)
+      at = start
+      return undefined
+    } finally {
+      closeSync(from)
+    }
+  }
+
+  return {
+    async addFile(path, name) {
+      for (let turn = 0; turn < tries; turn += 1) {
+        await breathe()
+        try {
+          const added = tryFile(path, name)
+          if (added) return added
+        } catch (error) {
+          const code = error instanceof Error && 'code' in error ? error.code : undefined
+          if (code === 'ENOENT') return { skipped: 'vanished while the backup ran' }
+          if (code === 'ELOOP') return { skipped: 'is a link' }
+          if (code === 'EACCES') return { skipped: 'may not be read' }
+          throw error
+        }
+      }
+      return { skipped: `changed each of the ${tries} times that it was read` }
+    },
+    addText(text, name) {
+      const bytes = Buffer.from(text)
+      writeHeader(name, bytes.length, Date.now(), 0o600)
+      write(bytes)
+      pad(bytes.length)
+    },
+    close() {
+      write(Buffer.alloc(2 * blockBytes))
+      closeSync(archive)
+    },
+    get sizeBytes() {
+      return at
+    },
+  }
+}
+
+function isSame(one: Stats, other: Stats): boolean {
+  return one.size === other.size && one.mtimeMs === other.mtimeMs && one.ctimeMs === other.ctimeMs
+}

@@ -1,0 +1,254 @@
+/** Makes a backup set: one state of database and uploads, and the configuration. Nothing is stopped. */
+import { createHmac } from 'node:crypto'
+import { readFile, statfs, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { run } from '../command.mts'
+import { query } from '../compose.mts'
+import * as engine from '../engine.mts'
+import { readEnv } from '../envfile.mts'
+import { alive, exitCodes, pause, Problem } from '../report.mts'
+import { appSecrets } from '../secrets.mts'
+import { composeCommand, type Site } from '../settings.mts'
+import { observe } from '../slots.mts'
+import { archiveConfig } from './config.mts'
+import { format, sumOf, writeManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
+import * as tools from './postgresql.mts'
+import { recovery } from './recovery.mts'
+import {
+  adopt,
+  commitSet,
+  incomingFolder,
+  newSetName,
+  partialSets,
+  removePartial,
+  stageSet,
+} from './sets.mts'
+import { openSnapshot, type Snapshot } from './snapshot.mts'
+import { archiveUploads, folderBytes } from './uploads.mts'
+
+export interface Backup {
+  name: string
+  manifest: Manifest
+}
+
+/** What a killed run left: half-made sets, sessions and files of PostgreSQL. @returns what was found, in words */
+export async function endBackupLeftovers(site: Site): Promise<string[]> {
+  const found: string[] = []
+  for (const name of await partialSets(site)) {
+    await removePartial(site, name)
+    found.push(`a half-made set (${name})`)
+  }
+  const postgresql = await runningPostgresql(site)
+  if (postgresql === undefined) return found
+  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '${tools.backupSession}' AND pid <> pg_backend_pid()`
+  const ended = Number(await run(query(postgresql, 'postgres', end)))
+  if (ended > 0) found.push(`${ended} sessions of a backup in PostgreSQL`)
+  const files = (await run(tools.listIncoming(postgresql)))
+    .split('\n')
+    .filter((name) => /^[\d-]+\.(dump|sql)$/.test(name))
+  if (files.length > 0) {
+    await run(tools.removeIncoming(postgresql, files))
+    found.push(`half-written files (${files.join(', ')})`)
+  }
+  return found
+}
+
+/**
+ * Makes a set of these parts and reads it back.
+ * @throws Problem or Error, with everything half-made removed
+ */
+export async function makeBackup(site: Site, parts: Part[]): Promise<Backup> {
+  const createdAt = new Date()
+  const name = await newSetName(site, createdAt)
+  const database =
+    parts.includes('database') || parts.includes('uploads') ? await reachDatabase(site) : undefined
+  await needSpace(site, parts, database)
+  const folder = await stageSet(site, name)
+  try {
+    const manifest = await fill(site, { name, folder, parts, createdAt, database })
+    const wrong = await wrongSums(folder)
+    if (wrong.length > 0) throw new Error(`what was written reads back differently: ${wrong.join('; ')}`)
+    await commitSet(site, name)
+    return { name, manifest }
+  } catch (error) {
+    await endBackupLeftovers(site)
+    throw isFull(error)
+      ? new Problem(
+          exitCodes.failed,
+          `the disk of ${site.folders.backups} is full; the half-made set was removed`,
+          'Make room, or remove old sets, then run it again.',
+          error,
+        )
+      : error
+  }
+}
+
+interface Job {
+  name: string
+  folder: string
+  parts: Part[]
+  createdAt: Date
+  /** Id of PostgreSQL's container. */
+  database: string | undefined
+}
+
+async function fill(site: Site, job: Job): Promise<Manifest> {
+  const { folder, parts, createdAt } = job
+  const { state, uploads } = await takeState(site, job)
+  const missing = [...(uploads?.missing ?? [])]
+  if (parts.includes('config')) missing.push(...(await archiveConfig(site, join(folder, 'config.tar'))))
+  const { master, slave, flag } = await observe(site)
+  const manifest: Manifest = {
+    format,
+    createdAt: createdAt.toISOString(),
+    parts,
+    missing,
+    files: {},
+    release: (flag === 'strapi-slave' ? slave : master).release,
+    schemaHash: state?.schemaHash,
+    versions: { postgresql: state?.serverVersion, strapi: await strapiVersion(site) },
+    database: state && { name: site.database.name, settings: state.settings, rows: state.rows },
+    uploads: uploads && { files: uploads.files, bytes: uploads.bytes },
+    secrets: await secretsPrint(site, createdAt.toISOString()),
+  }
+  await writeFile(join(folder, 'RECOVERY.md'), recovery(site, job.name, manifest), { mode: 0o600 })
+  const names = ['RECOVERY.md', ...parts.flatMap((part) => filesOfPart[part])]
+  for (const file of names) manifest.files[file] = await sumOf(join(folder, file))
+  await writeManifest(folder, manifest)
+  return manifest
+}
+
+const filesOfPart: Record<Part, string[]> = {
+  database: ['database.dump', 'roles.sql'],
+  uploads: ['uploads.tar', 'uploads.jsonl'],
+  config: ['config.tar'],
+}
+
+/**
+ * Uploads once, then the snapshot, then at once the uploads that came or changed meanwhile, then the dump of the snapshot:
+ * a file that a row of the snapshot refers to has been there at one of the two passes.
+ */
+async function takeState(site: Site, { name, folder, parts, database }: Job) {
+  if (database === undefined) return {}
+  const uploads = parts.includes('uploads')
+    ? archiveUploads(site.folders.uploads, join(folder, 'uploads.tar'), join(folder, 'uploads.jsonl'))
+    : undefined
+  const archive = async () => {
+    await alive(
+      () => `uploads: ${uploads?.progress.files} files, ${megabytes(uploads?.progress.bytes ?? 0)}`,
+      async () => uploads?.pass(),
+    )
+  }
+  await archive()
+  const snapshot = await openSnapshot(database, site.database.name)
+  try {
+    await archive()
+    const archived = await uploads?.close(snapshot.uploads)
+    if (parts.includes('database')) await dumpDatabase(site, database, snapshot, name, folder)
+    return { state: parts.includes('database') ? snapshot : undefined, uploads: archived }
+  } finally {
+    await snapshot.close()
+  }
+}
+
+async function dumpDatabase(
+  site: Site,
+  database: string,
+  snapshot: Snapshot,
+  name: string,
+  folder: string,
+): Promise<void> {
+  // zstd is there from 16 on, and several times as fast.
+  const compression = Number.parseInt(snapshot.serverVersion) >= 16 ? 'zstd' : 'gzip'
+  const owner = `${process.getuid?.() ?? 0}:${process.getgid?.() ?? 0}`
+  const options = { timeoutMs: 12 * 3_600_000 }
+  const written = [
+    {
+      argv: tools.dump(database, {
+        database: site.database.name,
+        snapshot: snapshot.id,
+        compression,
+        file: `${name}.dump`,
+      }),
+      from: `${name}.dump`,
+      to: 'database.dump',
+    },
+    { argv: tools.dumpRoles(database, `${name}.sql`), from: `${name}.sql`, to: 'roles.sql' },
+  ]
+  for (const { argv, from, to } of written) {
+    await alive(
+      () => `dumping ${to}`,
+      () => run(argv, options),
+    )
+    await run(tools.takeOver(database, from, owner))
+    await adopt(join(incomingFolder(site), from), join(folder, to))
+  }
+  await run(
+    tools.removeIncoming(
+      database,
+      written.map(({ from }) => from),
+    ),
+  )
+}
+
+/** Id of PostgreSQL's container, or undefined. */
+export async function runningPostgresql(site: Site): Promise<string | undefined> {
+  const containers = await engine.serviceContainers(site.project, 'postgresql')
+  return containers.find((one) => one.State.Status === 'running')?.Id
+}
+
+/** Id of PostgreSQL's container; one that is just starting gets half a minute. @throws Problem when it does not answer */
+async function reachDatabase(site: Site): Promise<string> {
+  for (let waitedMs = 0; ; waitedMs += 500) {
+    const [one] = await engine.serviceContainers(site.project, 'postgresql')
+    if (one?.State.Health?.Status === 'healthy') return one.Id
+    if (one?.State.Health?.Status !== 'starting' || waitedMs >= 30_000) {
+      throw new Problem(
+        exitCodes.failed,
+        `PostgreSQL does not run (${one?.State.Status ?? 'no container'}); nothing was backed up`,
+        `Start it: ${composeCommand(site, 'up -d postgresql')}\nOr back up what can be: --only config`,
+      )
+    }
+    await pause(500)
+  }
+}
+
+/** A dump is smaller than its database; uploads and the rest are as large as they are. @throws Problem before anything is written */
+async function needSpace(site: Site, parts: Part[], database: string | undefined): Promise<void> {
+  const size = `SELECT pg_database_size('${site.database.name.replaceAll("'", "''")}')`
+  const needed =
+    (parts.includes('uploads') ? await folderBytes(site.folders.uploads) : 0) +
+    (parts.includes('database') && database ? Number(await run(query(database, 'postgres', size))) / 2 : 0)
+  const disk = await statfs(site.folders.backups)
+  const free = disk.bavail * disk.bsize
+  if (needed < free) return
+  throw new Problem(
+    exitCodes.failed,
+    `a backup needs about ${megabytes(needed)}, and ${megabytes(free)} are free on the disk of ${site.folders.backups}; nothing was written`,
+    'Make room, or set BACKUP_DIR to a larger disk.',
+  )
+}
+
+async function strapiVersion(site: Site): Promise<string | undefined> {
+  const text = await readFile(join(site.source, 'package.json'), 'utf8').catch(() => '{}')
+  return (JSON.parse(text) as { dependencies?: Record<string, string> }).dependencies?.['@strapi/strapi']
+}
+
+async function secretsPrint(site: Site, key: string): Promise<string | undefined> {
+  const application = await readEnv(join(site.source, '.env'))
+  if (!application) return undefined
+  return createHmac('sha256', key)
+    .update(JSON.stringify(appSecrets.map((name) => application[name] ?? '')))
+    .digest('hex')
+}
+
+function isFull(error: unknown): boolean {
+  return (
+    error instanceof Error &&
+    (('code' in error && error.code === 'ENOSPC') || /No space left on device/.test(error.message))
+  )
+}
+
+export function megabytes(bytes: number): string {
+  return `${(bytes / 1e6).toLocaleString('en', { maximumFractionDigits: bytes < 1e8 ? 1 : 0 })} MB`
+}

@@ -1,0 +1,112 @@
+/** What a backup set says about itself. */
+import { createHash } from 'node:crypto'
+import { createReadStream } from 'node:fs'
+import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { pipeline } from 'node:stream/promises'
+
+export const format = 1
+
+export const parts = ['database', 'uploads', 'config'] as const
+export type Part = (typeof parts)[number]
+
+export interface FileSum {
+  sizeBytes: number
+  sha256: string
+}
+
+export interface Manifest {
+  format: number
+  /** ISO time at which the state was taken. */
+  createdAt: string
+  parts: Part[]
+  /** Names of what is missing; empty in a whole set. */
+  missing: string[]
+  /** Of every file of the set but the manifest itself and SHA256SUMS. */
+  files: Record<string, FileSum>
+  release: string | undefined
+  schemaHash: string | undefined
+  versions: { postgresql?: string | undefined; strapi?: string | undefined }
+  database: { name: string; settings: Record<string, string>; rows: Record<string, number> } | undefined
+  uploads: { files: number; bytes: number } | undefined
+  /** HMAC-SHA256 of the application's secrets, keyed with `createdAt`: tells whether a site has the same ones, not which. */
+  secrets: string | undefined
+}
+
+/** One line of uploads.jsonl: a file as it is in uploads.tar. */
+export interface UploadLine extends FileSum {
+  name: string
+}
+
+const manifestName = 'manifest.json'
+const sumsName = 'SHA256SUMS'
+
+/** Size and SHA-256 of a file, read from the disk. */
+export async function sumOf(path: string): Promise<FileSum> {
+  const hash = createHash('sha256')
+  await pipeline(createReadStream(path, { highWaterMark: 1 << 20 }), hash)
+  return { sizeBytes: (await stat(path)).size, sha256: hash.digest('hex') }
+}
+
+/** Writes the manifest, and the sums of all files in the form that `sha256sum -c` reads. */
+export async function writeManifest(folder: string, manifest: Manifest): Promise<void> {
+  const text = `${JSON.stringify(manifest, undefined, 2)}\n`
+  await writeFile(join(folder, manifestName), text, { mode: 0o600 })
+  const own = { [manifestName]: { sha256: createHash('sha256').update(text).digest('hex') } }
+  const lines = Object.entries({ ...manifest.files, ...own }).map(
+    ([name, { sha256 }]) => `${sha256}  ${name}\n`,
+  )
+  await writeFile(join(folder, sumsName), lines.join(''), { mode: 0o600 })
+}
+
+/** @throws Error when there is none, or it is not of this format */
+export async function readManifest(folder: string): Promise<Manifest> {
+  const text = await readFile(join(folder, manifestName), 'utf8')
+  let manifest: Partial<Manifest>
+  try {
+    manifest = JSON.parse(text) as Partial<Manifest>
+  } catch (error) {
+    throw new Error(`${manifestName} cannot be read`, { cause: error })
+  }
+  if (manifest.format !== format) {
+    throw new Error(`${manifestName} is of format ${String(manifest.format)}, this program reads ${format}`)
+  }
+  return manifest as Manifest
+}
+
+/**
+ * Reads every byte of a set.
+ * @returns what is wrong with it, one sentence each; empty when all sums are right
+ */
+export async function wrongSums(folder: string): Promise<string[]> {
+  const manifest = await readManifest(folder).catch((error: Error) => error)
+  if (manifest instanceof Error) return [manifest.message]
+  const wrong: string[] = []
+  const present = new Set(await readdir(folder))
+  const expected: Record<string, FileSum> = { ...manifest.files }
+  for (const [name, wanted] of Object.entries(expected)) {
+    if (!present.delete(name)) {
+      wrong.push(`${name} is missing`)
+      continue
+    }
+    const found = await sumOf(join(folder, name))
+    if (found.sizeBytes !== wanted.sizeBytes) {
+      wrong.push(`${name} has ${found.sizeBytes} bytes instead of ${wanted.sizeBytes}`)
+    } else if (found.sha256 !== wanted.sha256) wrong.push(`${name} is not what was written`)
+  }
+  present.delete(manifestName)
+  if (present.delete(sumsName)) wrong.push(...(await wrongSumsFile(folder, expected)))
+  else wrong.push(`${sumsName} is missing`)
+  wrong.push(...[...present].map((name) => `${name} does not belong to the set`))
+  return wrong
+}
+
+/** The manifest is guarded by SHA256SUMS, and that by being what the manifest makes of it. */
+async function wrongSumsFile(folder: string, files: Record<string, FileSum>): Promise<string[]> {
+  const own = await sumOf(join(folder, manifestName))
+  const lines = Object.entries({ ...files, [manifestName]: own }).map(
+    ([name, { sha256 }]) => `${sha256}  ${name}\n`,
+  )
+  const text = await readFile(join(folder, sumsName), 'utf8')
+  return text === lines.join('') ? [] : [`${manifestName} and ${sumsName} do not belong together`]
+}

@@ -1,0 +1,85 @@
+/** Commands in PostgreSQL's container as data: its own tools, as the superuser on the local socket, without a password. */
+
+/** What sessions call themselves, so that the next run finds those that a kill left. */
+export const backupSession = 'strapi-blue-green-backup'
+
+/** psql for a conversation. It stops at the first error. */
+export const psql = (containerId: string, database: string) => [
+  ...asSuperuser(containerId, '--interactive', `--env=PGAPPNAME=${backupSession}`),
+  'psql',
+  '--no-psqlrc',
+  '--quiet',
+  '--tuples-only',
+  '--no-align',
+  '--set=ON_ERROR_STOP=1',
+  '--dbname',
+  database,
+]
+
+export interface Dump {
+  database: string
+  /** Name of an exported snapshot. */
+  snapshot: string
+  compression: 'zstd' | 'gzip'
+  /** Name in the folder that both sides see. */
+  file: string
+}
+
+export const dump = (containerId: string, { database, snapshot, compression, file }: Dump) => [
+  ...asSuperuser(containerId, `--env=PGAPPNAME=${backupSession}`),
+  ...privately('pg_dump'),
+  '--format=custom',
+  `--compress=${compression}`,
+  `--snapshot=${snapshot}`,
+  `--file=/backup/${file}`,
+  '--dbname',
+  database,
+]
+
+/** Roles with their password hashes, and tablespaces: what a dump of one database leaves out. */
+export const dumpRoles = (containerId: string, file: string) => [
+  ...asSuperuser(containerId, `--env=PGAPPNAME=${backupSession}`),
+  ...privately('pg_dumpall'),
+  '--globals-only',
+  `--file=/backup/${file}`,
+]
+
+/** Reads a dump from stdin to its end, and writes nothing. */
+export const readDump = (containerId: string) => [
+  ...asSuperuser(containerId, '--interactive'),
+  'pg_restore',
+  '--file=/dev/null',
+]
+
+/** Restores a dump from stdin into a database that is empty. */
+export const restoreDump = (containerId: string, database: string) => [
+  ...asSuperuser(containerId, '--interactive'),
+  'pg_restore',
+  '--exit-on-error',
+  '--dbname',
+  database,
+]
+
+/** A file that PostgreSQL's user wrote becomes the caller's. */
+export const takeOver = (containerId: string, file: string, owner: string) => {
+  return [...asRoot(containerId), 'chown', owner, `/backup/${file}`]
+}
+
+export const listIncoming = (containerId: string) => [...asRoot(containerId), 'ls', '-A', '/backup']
+
+export const removeIncoming = (containerId: string, files: string[]) => {
+  return [...asRoot(containerId), 'rm', '-f', '--', ...files.map((file) => `/backup/${file}`)]
+}
+
+function asSuperuser(containerId: string, ...options: string[]): string[] {
+  return ['docker', 'exec', '--user=postgres', ...options, containerId]
+}
+
+function asRoot(containerId: string): string[] {
+  return ['docker', 'exec', '--user=root', containerId]
+}
+
+/** Nobody but its owner may read what the command writes. */
+function privately(command: string): string[] {
+  return ['sh', '-c', 'umask 077; exec "$0" "$@"', command]
+}

@@ -1,0 +1,97 @@
+/** One state of the database, held open: the dump, the row counts and the list of uploads all come from it. */
+import { once } from 'node:events'
+import { createInterface } from 'node:readline'
+import { converse } from '../command.mts'
+import { psql } from './postgresql.mts'
+
+export interface Snapshot {
+  /** Name for `pg_dump --snapshot`. */
+  id: string
+  serverVersion: string
+  /** Encoding, collation and owner, as PostgreSQL calls them. */
+  settings: Record<string, string>
+  /** Rows of each table, by "schema.table". */
+  rows: Record<string, number>
+  /** Names in the uploads folder that a row refers to. */
+  uploads: string[]
+  schemaHash: string | undefined
+  databaseBytes: number
+  close(): Promise<void>
+}
+
+const countTables = String.raw`SELECT format('SELECT %L, count(*) FROM %I.%I', schemaname || '.' || tablename, schemaname, tablename)
+  FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1 \gexec`
+
+/** Strapi keeps the original and its smaller formats in one row; only the provider "local" is on this disk. */
+const listUploads = `SELECT ltrim(url, '/') FROM (
+    SELECT url FROM files WHERE provider = 'local'
+    UNION SELECT value->>'url' FROM files, jsonb_each(CASE jsonb_typeof(formats::jsonb) WHEN 'object' THEN formats::jsonb ELSE '{}' END)
+      WHERE provider = 'local'
+  ) AS one WHERE url LIKE '/uploads/%';`
+
+const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,
+    'characters', datctype, 'owner', pg_get_userbyid(datdba)) FROM pg_database WHERE datname = current_database();`
+
+/**
+ * Opens a snapshot. It must be closed: as long as it is open, PostgreSQL keeps every row version that it can see.
+ * @throws Error with what psql said
+ */
+export async function openSnapshot(containerId: string, database: string): Promise<Snapshot> {
+  const session = startSession(psql(containerId, database))
+  try {
+    await session.ask('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;')
+    const [id = ''] = await session.ask('SELECT pg_export_snapshot();')
+    const [serverVersion = ''] = await session.ask("SELECT current_setting('server_version');")
+    const [databaseSettings = '{}'] = await session.ask(settings)
+    const [bytes = '0'] = await session.ask('SELECT pg_database_size(current_database());')
+    const rows = (await session.ask(countTables)).map((line) => line.split('|') as [string, string])
+    const tables = new Set(rows.map(([table]) => table))
+    const uploads = tables.has('public.files') ? await session.ask(listUploads) : []
+    const [schemaHash] = tables.has('public.strapi_database_schema')
+      ? await session.ask('SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1;')
+      : []
+    return {
+      id,
+      serverVersion,
+      settings: JSON.parse(databaseSettings) as Record<string, string>,
+      rows: Object.fromEntries(rows.map(([table, count]) => [table, Number(count)])),
+      uploads: uploads.map((url) => url.slice('uploads/'.length)),
+      schemaHash,
+      databaseBytes: Number(bytes),
+      close: () => session.end(),
+    }
+  } catch (error) {
+    await session.end()
+    throw error
+  }
+}
+
+/** One psql that answers one question after the other. */
+function startSession(argv: string[]) {
+  const child = converse(argv)
+  const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]()
+  const ended = once(child, 'close')
+  let errors = ''
+  child.stderr.on('data', (part: Buffer) => (errors += part.toString()))
+  // What it was told last is in `errors`; a pipe that breaks says nothing more.
+  child.stdin.on('error', () => undefined)
+  let number = 0
+  return {
+    async ask(sql: string): Promise<string[]> {
+      number += 1
+      const mark = `answered-${number}`
+      child.stdin.write(`${sql}\n\\echo ${mark}\n`)
+      const answer: string[] = []
+      for (;;) {
+        const next = await lines.next()
+        if (next.done) throw new Error(`PostgreSQL does not answer: ${errors.trim() || 'the session ended'}`)
+        if (next.value === mark) return answer
+        answer.push(next.value)
+      }
+    },
+    async end(): Promise<void> {
+      child.stdin.end()
+      await ended
+    },
+  }
+}

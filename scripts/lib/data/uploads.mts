@@ -1,0 +1,100 @@
+/** The uploads of a set: everything once, and then, beside the snapshot, what has come or changed meanwhile. */
+import { once } from 'node:events'
+import { createWriteStream } from 'node:fs'
+import { opendir, stat } from 'node:fs/promises'
+import { join, relative } from 'node:path'
+import { finished } from 'node:stream/promises'
+import { createArchive, type Added } from './archive.mts'
+import type { UploadLine } from './manifest.mts'
+
+export interface UploadsArchive {
+  /** Adds what is new or has changed since the last pass. */
+  pass(): Promise<void>
+  /**
+   * @param referenced names that a row of the snapshot refers to
+   * @returns what is in the archive, and the names that should be and are not, each with the reason
+   */
+  close(referenced: string[]): Promise<{ files: number; bytes: number; missing: string[] }>
+  readonly progress: { files: number; bytes: number }
+}
+
+/** Strapi writes a file before its row and removes it before its row, so a pass right after a snapshot has what it refers to. */
+export function archiveUploads(uploads: string, tarPath: string, listPath: string): UploadsArchive {
+  const archive = createArchive(tarPath)
+  const list = createWriteStream(listPath, { flags: 'wx', mode: 0o600 })
+  const known = new Map<string, Pick<Added, 'sizeBytes' | 'mtimeMs' | 'inode'>>()
+  const skipped = new Map<string, string>()
+
+  async function add(name: string): Promise<void> {
+    const before = known.get(name)
+    if (before && (await isSame(join(uploads, name), before))) return
+    const added = await archive.addFile(join(uploads, name), name)
+    if ('skipped' in added) {
+      skipped.set(name, added.skipped)
+      return
+    }
+    skipped.delete(name)
+    known.set(name, added)
+    const line: UploadLine = { name, sizeBytes: added.sizeBytes, sha256: added.sha256 }
+    if (!list.write(`${JSON.stringify(line)}\n`)) await once(list, 'drain')
+  }
+
+  return {
+    async pass() {
+      for await (const name of filesBelow(uploads, uploads)) await add(name)
+    },
+    async close(referenced) {
+      archive.close()
+      list.end()
+      await finished(list)
+      const lost = referenced.filter((name) => !known.has(name))
+      const reasons = new Map(lost.map((name) => [name, 'is not there']))
+      for (const [name, reason] of skipped) {
+        if (!known.has(name) && (reasons.has(name) || !reason.startsWith('vanished')))
+          reasons.set(name, reason)
+      }
+      const sizes = [...known.values()].map(({ sizeBytes }) => sizeBytes)
+      return {
+        files: known.size,
+        bytes: sizes.reduce((total, size) => total + size, 0),
+        missing: [...reasons].map(([name, reason]) => `uploads/${name} ${reason}`),
+      }
+    },
+    get progress() {
+      return { files: known.size, bytes: archive.sizeBytes }
+    },
+  }
+}
+
+/** Bytes of all files below a folder, as they are now. */
+export async function folderBytes(folder: string): Promise<number> {
+  let bytes = 0
+  for await (const name of filesBelow(folder, folder)) {
+    bytes += (await stat(join(folder, name)).catch(() => undefined))?.size ?? 0
+  }
+  return bytes
+}
+
+/** Names relative to `top` of everything that is no folder; a folder that vanishes meanwhile has none. */
+async function* filesBelow(top: string, folder: string): AsyncGenerator<string> {
+  const entries = await opendir(folder, { bufferSize: 512 }).catch((error: NodeJS.ErrnoException) => {
+    if (error.code === 'ENOENT' && folder !== top) return undefined
+    throw error
+  })
+  if (!entries) return
+  for await (const entry of entries) {
+    const path = join(folder, entry.name)
+    if (entry.isDirectory()) yield* filesBelow(top, path)
+    else yield relative(top, path)
+  }
+}
+
+async function isSame(
+  path: string,
+  before: Pick<Added, 'sizeBytes' | 'mtimeMs' | 'inode'>,
+): Promise<boolean> {
+  const now = await stat(path).catch(() => undefined)
+  // What has vanished stays as it was in the archive.
+  if (!now) return true
+  return now.size === before.sizeBytes && now.mtimeMs === before.mtimeMs && now.ino === before.inode
+}

@@ -1,0 +1,34 @@
+/** Which sets were read back, when, and with what result. */
+import { mkdir, open } from 'node:fs/promises'
+import { join } from 'node:path'
+import { readText } from '../envfile.mts'
+import { parseTorn } from '../history.mts'
+import type { Site } from '../settings.mts'
+
+export interface Verified {
+  at: string
+  set: string
+  /** Whether its dump was restored, too. */
+  deep: boolean
+  /** What was wrong, one sentence each; empty when all was right. */
+  wrong: string[]
+}
+
+export async function readVerified(site: Site): Promise<Verified[]> {
+  const text = (await readText(file(site))) ?? ''
+  return text.split('\n').flatMap((line) => parseTorn<Verified>(line))
+}
+
+export async function rememberVerified(site: Site, entry: Omit<Verified, 'at'>): Promise<void> {
+  await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
+  const handle = await open(file(site), 'a', 0o600)
+  try {
+    await handle.writeFile(`\n${JSON.stringify({ at: new Date().toISOString(), ...entry })}\n`)
+  } finally {
+    await handle.close()
+  }
+}
+
+function file(site: Site): string {
+  return join(site.stateDir, 'verified.jsonl')
+}

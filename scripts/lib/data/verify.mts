@@ -1,0 +1,134 @@
+/** Is a set what was written, and can it be read to its end? Nothing is restored. */
+import { createHash } from 'node:crypto'
+import { createReadStream } from 'node:fs'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import { Parser, type ReadEntry } from 'tar'
+import { run } from '../command.mts'
+import { query } from '../compose.mts'
+import { exitCodes, Problem } from '../report.mts'
+import { composeCommand, type Site } from '../settings.mts'
+import { runningPostgresql } from './backup.mts'
+import { readManifest, sumOf, wrongSums, type UploadLine } from './manifest.mts'
+import { readDump, restoreDump } from './postgresql.mts'
+import { setFolder } from './sets.mts'
+import { openSnapshot } from './snapshot.mts'
+
+/** A dump of many gigabytes takes its time. */
+const timeoutMs = 12 * 3_600_000
+/** The database that a dump is restored into for a look. */
+const scratch = 'strapi_blue_green_verify'
+
+/**
+ * @returns what is wrong with the set, one sentence each
+ * @throws Problem when there is a dump and PostgreSQL, whose own tool reads it, does not run
+ */
+export async function verifySet(site: Site, name: string): Promise<string[]> {
+  const folder = setFolder(site, name)
+  const wrong = await wrongSums(folder)
+  if (wrong.length > 0) return wrong
+  const { files } = await readManifest(folder)
+  const postgresql = 'database.dump' in files ? await needPostgresql(site) : ''
+  const reads: [string, (path: string) => Promise<unknown>][] = [
+    ['database.dump', (path) => run(readDump(postgresql), { input: path, timeoutMs })],
+    ['uploads.tar', (path) => readUploads(path, join(folder, 'uploads.jsonl'))],
+    ['config.tar', (path) => readTar(path, () => undefined)],
+  ]
+  for (const [file, read] of reads) {
+    if (!(file in files)) continue
+    await read(join(folder, file)).catch((error: unknown) => {
+      wrong.push(
+        `${file} cannot be read to its end: ${error instanceof Error ? error.message : String(error)}`,
+      )
+    })
+  }
+  return wrong
+}
+
+/**
+ * Restores the dump of a set into a database of its own, compares it with the manifest, and drops it.
+ * One at a time per site: it removes what a killed one left.
+ * @returns what is wrong with the set, one sentence each
+ */
+export async function verifyDeeply(site: Site, name: string): Promise<string[]> {
+  const folder = setFolder(site, name)
+  const manifest = await readManifest(folder)
+  if (!manifest.database) return []
+  const postgresql = await needPostgresql(site)
+  await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}"`))
+  await run(query(postgresql, 'postgres', `CREATE DATABASE "${scratch}" TEMPLATE template0`))
+  try {
+    const failure = await run(restoreDump(postgresql, scratch), {
+      input: join(folder, 'database.dump'),
+      timeoutMs,
+    }).then(
+      () => undefined,
+      (error: Error) => error,
+    )
+    if (failure) return [`database.dump cannot be restored: ${failure.message}`]
+    const restored = await openSnapshot(postgresql, scratch)
+    await restored.close()
+    return [
+      ...differentRows(manifest.database.rows, restored.rows),
+      ...(restored.schemaHash === manifest.schemaHash
+        ? []
+        : ['the schema is not the one that was backed up']),
+      ...(manifest.uploads ? await missingUploads(folder, restored.uploads, manifest.missing) : []),
+    ]
+  } finally {
+    await run(query(postgresql, 'postgres', `DROP DATABASE "${scratch}" WITH (FORCE)`))
+  }
+}
+
+/** Row counts that are not equal, one sentence each. */
+export function differentRows(wanted: Record<string, number>, found: Record<string, number>): string[] {
+  const tables = [...new Set([...Object.keys(wanted), ...Object.keys(found)])].toSorted()
+  return tables
+    .filter((table) => wanted[table] !== found[table])
+    .map((table) => `${table} has ${found[table] ?? 'no'} rows instead of ${wanted[table] ?? 'no'}`)
+}
+
+/** Names that the database refers to and the archive does not hold, but for those that the set names itself. */
+async function missingUploads(folder: string, referenced: string[], named: string[]): Promise<string[]> {
+  const wanted = new Set(referenced)
+  const list = createInterface({ input: createReadStream(join(folder, 'uploads.jsonl')) })
+  for await (const line of list) wanted.delete((JSON.parse(line) as UploadLine).name)
+  return [...wanted]
+    .filter((name) => !named.some((sentence) => sentence.startsWith(`uploads/${name} `)))
+    .map((name) => `uploads/${name} is referred to and not in the set`)
+}
+
+async function needPostgresql(site: Site): Promise<string> {
+  const id = await runningPostgresql(site)
+  if (id !== undefined) return id
+  throw new Problem(
+    exitCodes.failed,
+    'PostgreSQL does not run, so that its own tools cannot read the dump; nothing is known of the set',
+    `Start it: ${composeCommand(site, 'up -d postgresql')}`,
+  )
+}
+
+/** The list has the same files in the same order, so its text can be made again from what the archive holds. */
+async function readUploads(tarPath: string, listPath: string): Promise<void> {
+  const list = createHash('sha256')
+  await readTar(tarPath, (line) => list.update(`${JSON.stringify(line)}\n`))
+  if (list.digest('hex') !== (await sumOf(listPath)).sha256)
+    throw new Error('it does not hold what uploads.jsonl says')
+}
+
+/** Reads an archive to its end. @throws Error at the first thing that is not right */
+async function readTar(path: string, onFile: (line: UploadLine) => void): Promise<void> {
+  const parser = new Parser({ strict: true })
+  parser.on('entry', (entry: ReadEntry) => {
+    const hash = createHash('sha256')
+    entry.on('data', (part: Buffer) => hash.update(part))
+    entry.on('end', () => onFile({ name: entry.path, sizeBytes: entry.size, sha256: hash.digest('hex') }))
+  })
+  await new Promise<void>((resolve, reject) => {
+    parser.on('end', resolve)
+    parser.on('error', reject)
+    createReadStream(path, { highWaterMark: 1 << 20 })
+      .on('error', reject)
+      .pipe(parser)
+  })
+}

@@ -1,0 +1,371 @@
+/** Backups of a running Strapi: one state, read back, and nothing half-made whatever happens. */
+import { randomBytes } from 'node:crypto'
+import { chmod, cp, mkdir, readdir, readFile, rm, stat, truncate, unlink, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { orphans, run } from '../scripts/lib/command.mts'
+import { query } from '../scripts/lib/compose.mts'
+import * as engine from '../scripts/lib/engine.mts'
+import { readManifest, writeManifest } from '../scripts/lib/data/manifest.mts'
+import { backupSession } from '../scripts/lib/data/postgresql.mts'
+import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
+import { loadSite, type Site } from '../scripts/lib/settings.mts'
+import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './harness.mts'
+
+let own: TestSite
+let site: Site
+const pictures = new Map<string, Buffer>()
+
+beforeAll(async () => {
+  own = await strapiSite(18_300)
+  await mustSucceed(own.run('deploy'))
+  site = await loadSite(own.envFile)
+  for (let number = 0; number < 200; number += 1) await addPicture(`picture_${number}.png`)
+  await sql("INSERT INTO pings (token) SELECT 'token-' || n FROM generate_series(1, 500) AS n")
+})
+afterAll(() => own.remove())
+
+async function sql(text: string): Promise<string> {
+  const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
+  return (await run(query(postgresql?.Id ?? '', site.database.name, text))).trim()
+}
+
+/** As Strapi does: the file first, then its row, which also names a smaller format. */
+async function addPicture(name: string): Promise<void> {
+  for (const one of [name, `small_${name}`]) {
+    const content = randomBytes(20_000)
+    pictures.set(one, content)
+    await writeFile(join(site.folders.uploads, one), content)
+  }
+  const formats = JSON.stringify({ small: { url: `/uploads/small_${name}` } })
+  await sql(
+    `INSERT INTO files (name, hash, mime, size, url, provider, formats) VALUES ('${name}', '${name}', 'image/png', 20, '/uploads/${name}', 'local', '${formats}')`,
+  )
+}
+
+async function makeSet(): Promise<string> {
+  return String(resultOf(await mustSucceed(own.begin('data', ['backup']).outcome)).set)
+}
+
+/** Nothing but finished sets and the empty incoming folder is there, and no session is left in PostgreSQL. */
+async function expectNothingHalfMade(): Promise<void> {
+  const entries = await readdir(site.folders.backups)
+  const sets = await listSets(site)
+  expect(entries.filter((name) => name !== '.incoming').toSorted()).toEqual(sets.toSorted())
+  expect(await readdir(join(site.folders.backups, '.incoming'))).toEqual([])
+  expect(await sql(`SELECT count(*) FROM pg_stat_activity WHERE application_name = '${backupSession}'`)).toBe(
+    '0',
+  )
+  expect(await orphans(own.project)).toEqual([])
+}
+
+describe('a backup', () => {
+  test('is one set that standard tools can check and read, for its owner alone', async () => {
+    const outcome = await mustSucceed(own.run('data'))
+    expect(outcome.stdout).toMatch(/Done: \S+, [\d.]+ MB, read back and right/)
+    const name = (await listSets(site)).at(-1) ?? ''
+    const folder = setFolder(site, name)
+    expect((await readdir(folder)).toSorted()).toEqual(
+      [
+        'RECOVERY.md',
+        'SHA256SUMS',
+        'config.tar',
+        'database.dump',
+        'manifest.json',
+        'roles.sql',
+        'uploads.jsonl',
+        'uploads.tar',
+      ].toSorted(),
+    )
+    expect((await stat(folder)).mode & 0o777).toBe(0o500)
+    for (const file of await readdir(folder))
+      expect((await stat(join(folder, file))).mode & 0o777).toBe(0o400)
+    await run(['sha256sum', '--check', '--strict', 'SHA256SUMS'], { cwd: folder })
+
+    const manifest = await readManifest(folder)
+    expect(manifest).toMatchObject({ missing: [], parts: ['database', 'uploads', 'config'] })
+    expect(manifest.release).toBe(await settingOf(own, 'STRAPI_VERSION'))
+    expect(manifest.database?.rows).toMatchObject({ 'public.pings': 500, 'public.files': 200 })
+    expect(manifest.versions).toMatchObject({ strapi: '5.54.0', postgresql: expect.stringMatching(/^1\d\./) })
+
+    const unpacked = join(own.folder, 'unpacked')
+    await mkdir(unpacked)
+    await run(['tar', '-xf', join(folder, 'uploads.tar'), '-C', unpacked])
+    for (const [file, content] of pictures) {
+      expect((await readFile(join(unpacked, file))).equals(content), file).toBe(true)
+    }
+    const config = await run(['tar', '-tf', join(folder, 'config.tar')])
+    for (const file of ['docker/.env', 'strapi/.env', 'docker/docker-compose.yml', 'nginx/127.0.0.1.conf'])
+      expect(config.split('\n')).toContain(file)
+    await expectNothingHalfMade()
+  })
+
+  test('can be restored by hand, row by row', async () => {
+    const folder = setFolder(site, await makeSet())
+    const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
+    const id = postgresql?.Id ?? ''
+    await sql(`CREATE DATABASE "by-hand" OWNER "${site.database.user}" TEMPLATE template0`)
+    const restore = `docker exec -i -u postgres ${id} pg_restore --exit-on-error -d by-hand < database.dump`
+    await run(['sh', '-c', restore], { cwd: folder })
+    const digest = "SELECT count(*), md5(string_agg(p::text, ',' ORDER BY id)) FROM pings AS p"
+    expect((await run(query(id, 'by-hand', digest))).trim()).toBe(await sql(digest))
+    await sql('DROP DATABASE "by-hand"')
+  })
+
+  test('holds only what is asked for', async () => {
+    const outcome = await mustSucceed(own.begin('data', ['backup', '--only', 'config']).outcome)
+    const manifest = await readManifest(setFolder(site, String(resultOf(outcome).set)))
+    expect(manifest.parts).toEqual(['config'])
+    expect(Object.keys(manifest.files).toSorted()).toEqual(['RECOVERY.md', 'config.tar'])
+  })
+
+  test('names what rows refer to and the disk does not have, and ends with exit code 3', async () => {
+    const lost = join(site.folders.uploads, 'small_picture_7.png')
+    const content = await readFile(lost)
+    await unlink(lost)
+    const outcome = await own.run('data')
+    await writeFile(lost, content)
+    expect(outcome.code).toBe(3)
+    expect(outcome.stderr).toContain('uploads/small_picture_7.png is not there')
+    expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(/1 MISSING$/m)
+  })
+
+  test('has every file that its own state refers to while pictures come and go', async () => {
+    const stopping = new AbortController()
+    const editors = (async () => {
+      for (let number = 0; !stopping.signal.aborted; number += 1) {
+        await addPicture(`live_${number}.png`)
+        // Gone for good: the file first, then the row, as Strapi does.
+        if (number % 3 === 2) {
+          const name = `live_${number - 2}.png`
+          await sql(`DELETE FROM files WHERE name = '${name}'`)
+          for (const one of [name, `small_${name}`]) await unlink(join(site.folders.uploads, one))
+        }
+      }
+    })()
+    try {
+      for (let times = 0; times < 5; times += 1) {
+        const { missing, uploads } = await readManifest(setFolder(site, await makeSet()))
+        expect(missing).toEqual([])
+        expect(uploads?.files).toBeGreaterThan(400)
+      }
+    } finally {
+      stopping.abort()
+      await editors
+    }
+  })
+
+  test('says nothing with --quiet when all is well', async () => {
+    const { stdout, stderr } = await mustSucceed(own.run('data', '--quiet'))
+    expect([stdout, stderr]).toEqual(['', ''])
+  })
+
+  test('does not run beside another one, and says who runs', async () => {
+    const first = own.begin('data', ['backup'])
+    await sleep(400)
+    const second = await own.run('data')
+    expect(second.code).toBe(4)
+    expect(second.stderr).toContain(`process ${first.child.pid}`)
+    expect((await first.outcome).code).toBe(0)
+  })
+
+  test('shows no password in its output', async () => {
+    const { stdout, stderr } = await own.run('data', '--json')
+    for (const key of ['POSTGRES_PASSWORD', 'REDIS_PASSWORD'])
+      expect(stdout + stderr).not.toContain(await settingOf(own, key))
+  })
+})
+
+describe('a backup that cannot be made', () => {
+  test.each([100, 300, 500, 700, 900, 1200])(
+    'because it is killed with -9 after %i ms leaves no set, and the next run makes one',
+    async (delayMs) => {
+      const before = await listSets(site)
+      const { child, outcome } = own.begin('data', ['backup'])
+      await sleep(delayMs)
+      child.kill('SIGKILL')
+      const wasKilled = (await outcome).code === null
+      if (wasKilled) expect(await listSets(site)).toEqual(before)
+      await makeSet()
+      await expectNothingHalfMade()
+    },
+  )
+
+  test('because the disk fills leaves nothing half-made and says so', async () => {
+    const small = join(own.folder, 'small')
+    await mkdir(small)
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', small])
+    try {
+      const before = { BACKUP_DIR: site.folders.backups }
+      await own.set({ BACKUP_DIR: small })
+      const outcome = await own.run('data', 'backup', '--only', 'uploads')
+      await own.set(before)
+      expect(outcome.code).toBe(1)
+      expect(outcome.stderr).toMatch(/a backup needs about [\d.]+ MB/)
+      expect(await readdir(small)).toEqual([])
+    } finally {
+      await run(['umount', small])
+    }
+  })
+
+  test('because PostgreSQL is stopped says so and writes nothing; its configuration can still be saved', async () => {
+    const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
+    const before = await listSets(site)
+    await run(['docker', 'stop', postgresql?.Id ?? ''])
+    try {
+      const outcome = await own.run('data')
+      expect(outcome.code).toBe(1)
+      expect(outcome.stderr).toContain('PostgreSQL does not run')
+      expect(await listSets(site)).toEqual(before)
+      await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+    } finally {
+      await run(['docker', 'start', postgresql?.Id ?? ''])
+    }
+  })
+
+  test.each([
+    [['backup', '--only', 'photos'], '--only does not know "photos"'],
+    [['burn'], 'unexpected: burn'],
+    [['verify', '20200101-000000'], 'there is no set 20200101-000000'],
+    [['--fast'], 'Unknown option'],
+  ])('because it is asked for with %j is refused', async (options, says) => {
+    const outcome = await own.run('data', ...options)
+    expect(outcome.code).toBe(2)
+    expect(outcome.stderr).toContain(says)
+  })
+})
+
+describe('a set that was damaged', () => {
+  let good = ''
+  const bad = '20990101-000000'
+  beforeAll(async () => {
+    good = await makeSet()
+  })
+
+  async function verifyDamaged(
+    damage: (folder: string) => Promise<unknown>,
+    ...options: string[]
+  ): Promise<string> {
+    const folder = setFolder(site, bad)
+    await cp(setFolder(site, good), folder, { recursive: true })
+    await run(['chmod', '-R', 'u+w', folder])
+    try {
+      await damage(folder)
+      const outcome = await own.run('data', 'verify', bad, ...options)
+      expect(outcome.code, outcome.stdout).toBe(1)
+      return outcome.stderr
+    } finally {
+      await rm(folder, { recursive: true, force: true })
+    }
+  }
+
+  const files = [
+    'RECOVERY.md',
+    'SHA256SUMS',
+    'config.tar',
+    'database.dump',
+    'manifest.json',
+    'roles.sql',
+    'uploads.jsonl',
+    'uploads.tar',
+  ]
+
+  test('is told from one that was not', async () => {
+    expect((await mustSucceed(own.run('data', 'verify', good))).stdout).toContain('can be read to its end')
+    expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(
+      new RegExp(`^${good} .* read and right on \\d{4}-\\d{2}-\\d{2}$`, 'm'),
+    )
+  })
+
+  test('of which the dump is restored and compared with --deep, beside the live database', async () => {
+    const { stdout } = await mustSucceed(own.run('data', 'verify', good, '--deep'))
+    expect(stdout).toContain('restored and compared')
+    expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(
+      new RegExp(`^${good} .* restored and right on`, 'm'),
+    )
+    expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
+  })
+
+  test('so that all its sums are right is found with --deep when the rows are other ones', async () => {
+    const said = await verifyDamaged(async (folder) => {
+      const manifest = await readManifest(folder)
+      const rows = { ...manifest.database?.rows, 'public.pings': 501, 'public.none': 1 }
+      const database = manifest.database && { ...manifest.database, rows }
+      await writeManifest(folder, { ...manifest, database })
+    }, '--deep')
+    expect(said).toContain('public.pings has 500 rows instead of 501')
+    expect(said).toContain('public.none has no rows instead of 1')
+    expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
+  })
+
+  test.each(files)('in %s is found: a bit flipped, cut, deleted', async (file) => {
+    await verifyDamaged(async (folder) => {
+      const content = await readFile(join(folder, file))
+      const at = Math.floor(content.length / 2)
+      content[at] = (content[at] ?? 0) ^ 1
+      await writeFile(join(folder, file), content)
+    })
+    await verifyDamaged(async (folder) =>
+      truncate(join(folder, file), (await stat(join(folder, file))).size - 1),
+    )
+    await verifyDamaged((folder) => unlink(join(folder, file)))
+  })
+
+  test('is found when files are swapped or one is added', async () => {
+    await verifyDamaged(async (folder) => {
+      await run(['sh', '-c', 'mv roles.sql a && mv uploads.jsonl roles.sql && mv a uploads.jsonl'], {
+        cwd: folder,
+      })
+    })
+    const said = await verifyDamaged(async (folder) => {
+      await writeFile(join(folder, 'more.txt'), '')
+      await chmod(join(folder, 'more.txt'), 0o400)
+    })
+    expect(said).toContain('more.txt does not belong to the set')
+  })
+})
+
+describe('old sets', () => {
+  test('are named with the reason by a dry run, which removes none', async () => {
+    const before = await listSets(site)
+    const { stdout } = await mustSucceed(own.run('data', 'prune', '--dry-run'))
+    expect(stdout).toMatch(/^\d{8}-\d{6}\S* goes: no day, week or month needs it$/m)
+    expect(stdout).toMatch(/^\d{8}-\d{6}\S* stays: daily: the newest of/m)
+    expect(await listSets(site)).toEqual(before)
+  })
+
+  test('do not go while the newest one is damaged', async () => {
+    const before = await listSets(site)
+    const folder = setFolder(site, before.at(-1) ?? '')
+    await run(['chmod', '-R', 'u+w', folder])
+    const text = await readFile(join(folder, 'RECOVERY.md'), 'utf8')
+    await writeFile(join(folder, 'RECOVERY.md'), `${text}more`)
+    expect((await own.run('data', 'verify')).code).toBe(1)
+    const outcome = await own.run('data', 'prune')
+    expect(outcome.code).toBe(3)
+    expect(outcome.stderr).toContain('is damaged: nothing goes')
+    expect(await listSets(site)).toEqual(before)
+    await writeFile(join(folder, 'RECOVERY.md'), text)
+    await mustSucceed(own.run('data', 'verify'))
+  })
+
+  test('go, also when the run that removes them is killed; what is not ours stays', async () => {
+    const alien = join(site.folders.backups, 'my-notes')
+    await mkdir(alien)
+    const before = await listSets(site)
+    const { child, outcome } = own.begin('data', ['prune'], (event) => {
+      if (event.event === 'verdict' && event.keep === false) child.kill('SIGKILL')
+    })
+    await outcome
+    await mustSucceed(own.run('data', 'prune'))
+    const after = await listSets(site)
+    expect(before.length).toBeGreaterThan(10)
+    // The newest of each kind: everything, and configuration alone.
+    expect(after.length).toBe(2)
+    expect(after.at(-1)).toBe(before.at(-1))
+    expect((await readdir(alien)).length).toBe(0)
+    await rm(alien, { recursive: true })
+    await expectNothingHalfMade()
+  })
+})

@@ -1,0 +1,122 @@
+import { spawn } from 'node:child_process'
+import { randomBytes } from 'node:crypto'
+import { once } from 'node:events'
+import { mkdir, readFile, rename, stat, symlink, unlink, utimes, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { expect, test } from 'vitest'
+import { run } from '../../scripts/lib/command.mts'
+import { createArchive } from '../../scripts/lib/data/archive.mts'
+import { archiveUploads } from '../../scripts/lib/data/uploads.mts'
+import { newFolder } from './site.mts'
+
+/** What GNU tar says of an archive. @throws Error when it does not like it */
+async function unpacked(folder: string): Promise<string> {
+  const to = join(folder, 'unpacked')
+  await mkdir(to)
+  await run(['tar', '-xf', join(folder, 'a.tar'), '-C', to])
+  return to
+}
+
+test('an archive is what tar unpacks: content, time, long names, empty and large files', async () => {
+  const folder = await newFolder()
+  const files: [string, Buffer][] = [
+    ['plain.jpg', randomBytes(1000)],
+    ['empty.txt', Buffer.alloc(0)],
+    ['block.bin', randomBytes(512)],
+    ['large.mp4', randomBytes(3 * 2 ** 20 + 7)],
+    [`${'long-'.repeat(30)}é.png`, randomBytes(10)],
+  ]
+  const archive = createArchive(join(folder, 'a.tar'))
+  for (const [name, content] of files) {
+    await writeFile(join(folder, name), content)
+    await utimes(join(folder, name), 1_700_000_000, 1_700_000_000)
+    expect(await archive.addFile(join(folder, name), name)).toMatchObject({ sizeBytes: content.length })
+  }
+  archive.close()
+  const to = await unpacked(folder)
+  for (const [name, content] of files) {
+    expect((await readFile(join(to, name))).equals(content), name).toBe(true)
+    expect((await stat(join(to, name))).mtimeMs).toBe(1_700_000_000_000)
+  }
+  expect((await stat(join(folder, 'a.tar'))).size).toBe(archive.sizeBytes)
+})
+
+test('what is no plain file is left out and named, and the archive goes on', async () => {
+  const folder = await newFolder()
+  await writeFile(join(folder, 'secret'), 'x')
+  await symlink(join(folder, 'secret'), join(folder, 'link'))
+  await run(['mkfifo', join(folder, 'pipe')])
+  await writeFile(join(folder, 'last'), 'last')
+  const archive = createArchive(join(folder, 'a.tar'))
+  const add = (name: string) => archive.addFile(join(folder, name), name)
+  expect(await add('link')).toEqual({ skipped: 'is a link' })
+  expect(await add('pipe')).toEqual({ skipped: 'is not a plain file' })
+  expect(await add('gone')).toEqual({ skipped: 'vanished while the backup ran' })
+  expect(await add('last')).toMatchObject({ sizeBytes: 4 })
+  archive.close()
+  expect((await run(['ls', await unpacked(folder)])).trim()).toBe('last')
+})
+
+test.each([
+  ['grows', 'while :; do echo more >> "$1"; done'],
+  ['shrinks', 'while :; do head -c 9000000 /dev/zero > "$1"; head -c 100 /dev/zero > "$1"; done'],
+])('a file that %s all the time is left out and named, never cut', async (_, script) => {
+  const folder = await newFolder()
+  const changing = join(folder, 'changing')
+  await writeFile(changing, randomBytes(8 * 2 ** 20))
+  await writeFile(join(folder, 'calm'), 'calm')
+  const writer = spawn('sh', ['-c', script, 'sh', changing])
+  try {
+    const archive = createArchive(join(folder, 'a.tar'))
+    const results = []
+    for (let times = 0; times < 10; times += 1)
+      results.push(await archive.addFile(changing, `changing-${times}`))
+    await archive.addFile(join(folder, 'calm'), 'calm')
+    archive.close()
+    const to = await unpacked(folder)
+    expect(await readFile(join(to, 'calm'), 'utf8')).toBe('calm')
+    expect(results).toContainEqual({ skipped: 'changed each of the 5 times that it was read' })
+    for (const [times, result] of results.entries()) {
+      const found = await stat(join(to, `changing-${times}`)).catch(() => undefined)
+      expect(found?.size).toBe('sizeBytes' in result ? result.sizeBytes : undefined)
+    }
+  } finally {
+    writer.kill('SIGKILL')
+    await once(writer, 'close')
+  }
+})
+
+test('uploads: a second pass adds what came or changed, keeps what vanished, and names what is missing', async () => {
+  const folder = await newFolder()
+  const uploads = join(folder, 'uploads')
+  await mkdir(join(uploads, 'deep'), { recursive: true })
+  const put = (name: string, text: string) => writeFile(join(uploads, name), text)
+  await put('same.png', 'same')
+  await put('replaced.png', 'old')
+  await put('deleted.png', 'deleted')
+  await put('deep/inner.png', 'inner')
+  const archive = archiveUploads(uploads, join(folder, 'a.tar'), join(folder, 'list'))
+  await archive.pass()
+  await put('new.png', 'new')
+  await put('replacement', 'new content')
+  await rename(join(uploads, 'replacement'), join(uploads, 'replaced.png'))
+  await unlink(join(uploads, 'deleted.png'))
+  await archive.pass()
+  const referenced = ['same.png', 'replaced.png', 'deleted.png', 'new.png', 'never.png']
+  expect(await archive.close(referenced)).toMatchObject({
+    files: 5,
+    missing: ['uploads/never.png is not there'],
+  })
+  const to = await unpacked(folder)
+  const contents = {
+    'same.png': 'same',
+    'replaced.png': 'new content',
+    'deleted.png': 'deleted',
+    'new.png': 'new',
+    'deep/inner.png': 'inner',
+  }
+  for (const [name, text] of Object.entries(contents))
+    expect(await readFile(join(to, name), 'utf8')).toBe(text)
+  const lines = (await readFile(join(folder, 'list'), 'utf8')).trim().split('\n')
+  expect(lines.length).toBe(6)
+})

@@ -307,6 +307,7 @@ async function recorded(
       await remember(site, { release, result: 'done', seconds: seconds(), figures }, await readSchema(site))
     return { figures }
   } catch (error) {
+    if (report.isDryRun()) throw error
     const code = error instanceof Problem ? error.code : exitCodes.failed
     const result =
       code === exitCodes.degraded ? 'degraded' : code === exitCodes.interrupted ? 'interrupted' : 'failed'

@@ -614,7 +614,7 @@ describe('while master serves', () => {
     const away = join(own.folder, 'away.conf')
     await rename(site.nginx.confFile, away)
     await run([...site.nginx.command, '-s', 'reload'])
-    const control = `http://${site.nginx.control}/slot`
+    const control = `http://${site.nginx.control}/upstream`
     await vi.waitFor(() => expect(getUrl(control)).rejects.toThrow('nothing listens'), 10_000)
     await expectRefused(own, deploy, ["nginx does not run this site's configuration"])
     expect(said.at(-1)).toContain(`npx zx scripts/setup.mts --env-file ${own.envFile}`)

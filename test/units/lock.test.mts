@@ -38,7 +38,9 @@ describe('a second run', () => {
     expect(refusal).toMatchObject({
       code: exitCodes.locked,
       message: expect.stringMatching(
-        new RegExp(`^another run is in progress: "deploy --rollback", process ${child.pid}, since 2\\S+Z$`),
+        new RegExp(
+          `^another run is in progress: "deploy --rollback", process ${child.pid}, since 2\\S+ \\S+ UTC$`,
+        ),
       ),
       advice: 'Wait for it, or add: --wait 30m',
     })

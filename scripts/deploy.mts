@@ -4,6 +4,7 @@ import * as act from './lib/actions.mts'
 import { runChecks } from './lib/checks.mts'
 import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
+import { masterFailed, moveFailed, slaveFailed, type Run } from './lib/failures.mts'
 import { smoke, stillFit, untilHealthy } from './lib/health.mts'
 import { readHistory, remember, type Entry } from './lib/history.mts'
 import { describeHolder, lockHolder, parseDuration, takeLock } from './lib/lock.mts'
@@ -11,12 +12,11 @@ import { describeFigures, startProof, type Proof } from './lib/proof.mts'
 import * as releases from './lib/releases.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, step, warn } from './lib/report.mts'
-import { readSchema, type Schema } from './lib/schema.mts'
+import { readSchema } from './lib/schema.mts'
 import { composeCommand, loadSite, scriptCommand, type Site, type SlotName } from './lib/settings.mts'
 import { observe } from './lib/slots.mts'
 import { impatient, recognise, type Situation } from './lib/state.mts'
 import { showStatus } from './lib/status.mts'
-import { flagged, setAlone } from './lib/traffic.mts'
 
 const usage = `
 Puts a new release of the Strapi site live without losing a request.
@@ -33,7 +33,7 @@ Puts a new release of the Strapi site live without losing a request.
   --json                  one JSON object a line, the last one is the result
   --help
 
-Exit codes: 0 done; 1 failed, visitors unaffected; 2 usage or settings; 3 degraded, a person must act;
+Exit codes: 0 done; 1 failed, visitors are served as before; 2 usage or settings; 3 degraded, a person must act;
 4 another run holds the lock; 130 interrupted and safe.`
 
 await report.main(async () => {
@@ -80,16 +80,6 @@ interface Rollback {
   /** Undefined: the last good one before the live one. */
   rollbackTo: string | undefined
   acceptSchemaChange: boolean
-}
-
-/** What this run brings live, and what it found. */
-interface Run {
-  site: Site
-  release: string
-  imageId: string
-  live: string | undefined
-  schemaBefore: Schema | undefined
-  isRollback: boolean
 }
 
 async function deploy(site: Site, rollback: Rollback | undefined): Promise<void> {
@@ -175,8 +165,11 @@ async function replaceMaster(run: Run): Promise<Proof> {
       await act.stop(site, 'strapi-master')
     })
   } catch (error) {
-    await proof.stop()
-    throw await moveFailed(run, error)
+    try {
+      throw await moveFailed(run, error)
+    } finally {
+      await showFigures(proof)
+    }
   }
   return await finishFromSlave(run, proof)
 }
@@ -200,8 +193,11 @@ async function finishFromSlave(run: Run, proof?: Proof): Promise<Proof> {
     })
     return counting
   } catch (error) {
-    await counting.stop()
-    throw await masterFailed(run, error)
+    try {
+      throw await masterFailed(run, error)
+    } finally {
+      await showFigures(counting)
+    }
   }
 }
 
@@ -272,7 +268,7 @@ async function look(site: Site): Promise<Situation> {
       say(`Found: ${situation.sentence}`, 'found', { way: situation.way, live: situation.live })
       return situation
     }
-    for (const repair of situation.repairs) await act.repair(site, repair)
+    if (!report.isDryRun()) for (const repair of situation.repairs) await act.repair(site, repair)
     await report.pause(500)
   }
 }
@@ -324,106 +320,9 @@ async function recorded(
 
 type Outcome = Pick<Entry, 'figures'>
 
-/** Step 2 or 3: master was not touched. Slave's container is kept, stopped, for a look. */
-async function slaveFailed(run: Run, error: unknown): Promise<Problem> {
-  const { site, release } = run
-  const log = report.interrupted.aborted ? '' : await act.logTail(site, 'strapi-slave')
-  await act
-    .stop(site, 'strapi-slave')
-    .catch((failure: unknown) => warn(`slave could not be stopped: ${report.explain(failure)}`))
-  if (report.interrupted.aborted)
-    return new Problem(
-      exitCodes.interrupted,
-      `interrupted; master serves ${run.live ?? ''} as before`,
-      '',
-      error,
-    )
-  const advice = [
-    `Look at: ${composeCommand(site, '--profile blue-green logs strapi-slave')}`,
-    `Then: ${resumeCommand(run)}`,
-  ]
-  const schema = await readSchema(site)
-  if (schema?.hash !== run.schemaBefore?.hash) {
-    advice.unshift(
-      `Release ${release} changed the database schema while it booted, and master still runs ${run.live ?? 'the older release'}. See "expand and contract" in README.md.`,
-    )
-  }
-  return new Problem(
-    exitCodes.failed,
-    `slave is not fit for visitors; master was not touched and serves as before\n${log}`,
-    advice.join('\n'),
-    error,
-  )
-}
-
-/** Step 4: nobody has moved yet, or everybody goes back to master, or slave serves and both keep running. */
-async function moveFailed(run: Run, error: unknown): Promise<Problem> {
-  const { site } = run
-  if (flagged(site) === 'strapi-master') return await slaveFailed(run, error)
-  if (
-    !report.interrupted.aborted &&
-    (await hasFailed(run, 'strapi-slave')) &&
-    (await goBack(run, 'strapi-master'))
-  )
-    return await slaveFailed(run, error)
-  await setAlone(site, false)
-  return stillServed(run, 'strapi-slave', 'slave has taken over, but master was not stopped', error)
-}
-
-/** Steps 5 to 7: slave serves. A broken master is stopped: a closed port fails over without loss, a booting one does not. */
-async function masterFailed(run: Run, error: unknown): Promise<Problem> {
-  const { site } = run
-  const isInterrupted = report.interrupted.aborted
-  if (flagged(site) === 'strapi-master' && !isInterrupted && (await hasFailed(run, 'strapi-master')))
-    await goBack(run, 'strapi-slave')
-  if (flagged(site) === 'strapi-master') {
-    await setAlone(site, false)
-    return stillServed(run, 'strapi-slave', 'master serves, but slave was not stopped', error)
-  }
-  const log = isInterrupted ? '' : `\n${await act.logTail(site, 'strapi-master')}`
-  await act
-    .stop(site, 'strapi-master')
-    .catch((failure: unknown) => warn(`master could not be stopped: ${report.explain(failure)}`))
-  const why = isInterrupted
-    ? 'interrupted before master was ready'
-    : `master is not fit for visitors on ${run.release}`
-  return stillServed(run, 'strapi-master', `${why}; it was stopped, slave keeps serving${log}`, error)
-}
-
-/** Whether a slot that got the visitors cannot serve them. */
-async function hasFailed(run: Run, slot: SlotName): Promise<boolean> {
-  return await stillFit(run.site, slot, run.imageId).then(
-    () => false,
-    () => true,
-  )
-}
-
-/** Visitors go back to the slot that served before. @returns whether it has them now */
-async function goBack(run: Run, slot: SlotName): Promise<boolean> {
-  const { site, live } = run
-  warn(`visitors go back to ${slot}`)
-  try {
-    await act.route(site, slot)
-    if (slot === 'strapi-master' && live !== undefined) await act.pin(site, live)
-    return true
-  } catch (error) {
-    warn(`they could not: ${report.explain(error)}`)
-    return false
-  }
-}
-
-/** @param suspect the slot to look at */
-function stillServed(run: Run, suspect: SlotName, message: string, error: unknown): Problem {
-  const { site } = run
-  const profile = suspect === 'strapi-slave' ? '--profile blue-green ' : ''
-  const advice = `Look at: ${composeCommand(site, `${profile}logs ${suspect}`)}\nThen: ${resumeCommand(run)}`
-  const code = report.interrupted.aborted ? exitCodes.interrupted : exitCodes.degraded
-  return new Problem(code, message, advice, error)
-}
-
-/** A rollback is finished as one: a plain deploy would build the source again. */
-function resumeCommand({ site, release, isRollback }: Run): string {
-  return scriptCommand('deploy', site.envFile, isRollback ? `--rollback ${release}` : '')
+/** What visitors got of a move that failed. */
+async function showFigures(proof: Proof): Promise<void> {
+  warn(describeFigures(await proof.stop()))
 }
 
 async function buildOnly(site: Site): Promise<void> {

@@ -1,16 +1,17 @@
 /** Backs up database, uploads and configuration of the running site as one state, and proves that what it wrote can be read. */
+import { existsSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { markCommands, endOrphans, orphans } from './lib/command.mts'
 import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
 import { parts as allParts, readManifest, type Manifest, type Part } from './lib/data/manifest.mts'
 import { alarmOf, known, retention } from './lib/data/retention.mts'
-import { listSets, removeSet, setFolder } from './lib/data/sets.mts'
+import { incomingFolder, listSets, removeSet, setFolder } from './lib/data/sets.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
 import { readVerified, rememberVerified, type Verified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, warn } from './lib/report.mts'
-import { loadSite, scriptCommand, type Site } from './lib/settings.mts'
+import { asRoot, loadSite, scriptCommand, type Site } from './lib/settings.mts'
 
 const usage = `
 Backs up the Strapi site while it runs, and reads back what was written.
@@ -67,6 +68,14 @@ await report.main(async () => {
   const parts = partsOf(options.only)
   const waitMs = parseDuration(options.wait ?? '0')
   const site = await loadSite(options['env-file'])
+  if (!existsSync(incomingFolder(site))) {
+    const advice = `Make it: ${asRoot(scriptCommand('setup', site.envFile))}`
+    throw new Problem(
+      exitCodes.usage,
+      `there is no ${incomingFolder(site)}, to which PostgreSQL writes its dumps`,
+      advice,
+    )
+  }
   await action(site, { parts, waitMs, set: rest[0], deep: options.deep ?? false })
 })
 

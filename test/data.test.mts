@@ -196,6 +196,7 @@ describe('a backup that cannot be made', () => {
     const small = join(own.folder, 'small')
     await mkdir(small)
     await run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', small])
+    await mkdir(join(small, '.incoming'))
     try {
       const before = { BACKUP_DIR: site.folders.backups }
       await own.set({ BACKUP_DIR: small })
@@ -203,10 +204,28 @@ describe('a backup that cannot be made', () => {
       await own.set(before)
       expect(outcome.code).toBe(1)
       expect(outcome.stderr).toMatch(/a backup needs about [\d.]+ MB/)
-      expect(await readdir(small)).toEqual([])
+      expect(await readdir(small)).toEqual(['.incoming'])
     } finally {
       await run(['umount', small])
     }
+  })
+
+  test('because of Ctrl-C leaves nothing half-made, exit code 130', async () => {
+    const before = await listSets(site)
+    const { child, outcome } = own.begin('data', ['backup'])
+    await sleep(500)
+    child.kill('SIGINT')
+    expect((await outcome).code).toBe(130)
+    expect(await listSets(site)).toEqual(before)
+    await expectNothingHalfMade()
+  })
+
+  test('because there is no folder for it says how to make one', async () => {
+    await own.set({ BACKUP_DIR: join(own.folder, 'nowhere') })
+    const outcome = await own.run('data')
+    await own.set({ BACKUP_DIR: site.folders.backups })
+    expect(outcome.code).toBe(2)
+    expect(outcome.stderr).toContain('scripts/setup.mts')
   })
 
   test('because PostgreSQL is stopped says so and writes nothing; its configuration can still be saved', async () => {

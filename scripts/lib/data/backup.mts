@@ -6,7 +6,7 @@ import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
-import { alive, exitCodes, pause, Problem } from '../report.mts'
+import { alive, exitCodes, explain, interrupted, pause, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
@@ -68,10 +68,13 @@ export async function makeBackup(site: Site, parts: Part[]): Promise<Backup> {
     const manifest = await fill(site, { name, folder, parts, createdAt, database })
     const wrong = await wrongSums(folder)
     if (wrong.length > 0) throw new Error(`what was written reads back differently: ${wrong.join('; ')}`)
+    interrupted.throwIfAborted()
     await commitSet(site, name)
     return { name, manifest }
   } catch (error) {
-    await endBackupLeftovers(site)
+    await endBackupLeftovers(site).catch((failure: unknown) =>
+      warn(`what is half-made is removed by the next run: ${explain(failure)}`),
+    )
     throw isFull(error)
       ? new Problem(
           exitCodes.failed,
@@ -161,7 +164,7 @@ async function dumpDatabase(
   // zstd is there from 16 on, and several times as fast.
   const compression = Number.parseInt(snapshot.serverVersion) >= 16 ? 'zstd' : 'gzip'
   const owner = `${process.getuid?.() ?? 0}:${process.getgid?.() ?? 0}`
-  const options = { timeoutMs: 12 * 3_600_000 }
+  const options = { timeoutMs: 12 * 3_600_000, signal: interrupted }
   const written = [
     {
       argv: tools.dump(database, {

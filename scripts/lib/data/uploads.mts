@@ -4,6 +4,7 @@ import { createWriteStream } from 'node:fs'
 import { opendir, stat } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { finished } from 'node:stream/promises'
+import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
 import type { UploadLine } from './manifest.mts'
 
@@ -26,6 +27,7 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
   const skipped = new Map<string, string>()
 
   async function add(name: string): Promise<void> {
+    interrupted.throwIfAborted()
     const before = known.get(name)
     if (before && (await isSame(join(uploads, name), before))) return
     const added = await archive.addFile(join(uploads, name), name)

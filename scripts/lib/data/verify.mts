@@ -6,7 +6,7 @@ import { createInterface } from 'node:readline'
 import { Parser, type ReadEntry } from 'tar'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
-import { exitCodes, Problem } from '../report.mts'
+import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { runningPostgresql } from './backup.mts'
 import { readManifest, sumOf, wrongSums, type UploadLine } from './manifest.mts'
@@ -30,13 +30,14 @@ export async function verifySet(site: Site, name: string): Promise<string[]> {
   const { files } = await readManifest(folder)
   const postgresql = 'database.dump' in files ? await needPostgresql(site) : ''
   const reads: [string, (path: string) => Promise<unknown>][] = [
-    ['database.dump', (path) => run(readDump(postgresql), { input: path, timeoutMs })],
+    ['database.dump', (path) => run(readDump(postgresql), { input: path, timeoutMs, signal: interrupted })],
     ['uploads.tar', (path) => readUploads(path, join(folder, 'uploads.jsonl'))],
     ['config.tar', (path) => readTar(path, () => undefined)],
   ]
   for (const [file, read] of reads) {
     if (!(file in files)) continue
     await read(join(folder, file)).catch((error: unknown) => {
+      interrupted.throwIfAborted()
       wrong.push(
         `${file} cannot be read to its end: ${error instanceof Error ? error.message : String(error)}`,
       )
@@ -61,10 +62,12 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
     const failure = await run(restoreDump(postgresql, scratch), {
       input: join(folder, 'database.dump'),
       timeoutMs,
+      signal: interrupted,
     }).then(
       () => undefined,
       (error: Error) => error,
     )
+    interrupted.throwIfAborted()
     if (failure) return [`database.dump cannot be restored: ${failure.message}`]
     const restored = await openSnapshot(postgresql, scratch)
     await restored.close()

@@ -10,6 +10,7 @@ import * as engine from '../scripts/lib/engine.mts'
 import { readManifest, writeManifest } from '../scripts/lib/data/manifest.mts'
 import { backupSession } from '../scripts/lib/data/postgresql.mts'
 import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
+import { folderBytes } from '../scripts/lib/data/uploads.mts'
 import { loadSite, type Site } from '../scripts/lib/settings.mts'
 import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './harness.mts'
 
@@ -192,21 +193,30 @@ describe('a backup that cannot be made', () => {
     },
   )
 
-  test('because the disk fills leaves nothing half-made and says so', async () => {
+  test.each([
+    [
+      'because the disk is too small writes nothing and says what is needed',
+      0.5,
+      /a backup needs about [\d.]+ MB/,
+    ],
+    // Enough for the files as such, not for what the archive puts between them.
+    ['because the disk fills leaves nothing half-made and says so', 1.01, /the disk of \S+ is full/],
+  ])('%s', async (_, share, says) => {
     const small = join(own.folder, 'small')
     await mkdir(small)
-    await run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', small])
-    await mkdir(join(small, '.incoming'))
+    const kilobytes = Math.ceil(((await folderBytes(site.folders.uploads)) * share) / 1024)
+    await run(['mount', '-t', 'tmpfs', '-o', `size=${kilobytes}k`, 'tmpfs', small])
     try {
-      const before = { BACKUP_DIR: site.folders.backups }
+      await mkdir(join(small, '.incoming'))
       await own.set({ BACKUP_DIR: small })
       const outcome = await own.run('data', 'backup', '--only', 'uploads')
-      await own.set(before)
       expect(outcome.code).toBe(1)
-      expect(outcome.stderr).toMatch(/a backup needs about [\d.]+ MB/)
+      expect(outcome.stderr).toMatch(says)
       expect(await readdir(small)).toEqual(['.incoming'])
     } finally {
+      await own.set({ BACKUP_DIR: site.folders.backups })
       await run(['umount', small])
+      await rm(small, { recursive: true })
     }
   })
 

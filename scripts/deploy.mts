@@ -6,7 +6,7 @@ import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
 import { masterFailed, moveFailed, slaveFailed, type Run } from './lib/failures.mts'
 import { smoke, stillFit, untilHealthy } from './lib/health.mts'
-import { readHistory, remember, type Entry } from './lib/history.mts'
+import { readHistory, remember, trail, type Entry } from './lib/history.mts'
 import { describeHolder, lockHolder, parseDuration, takeLock } from './lib/lock.mts'
 import { describeFigures, startProof, type Proof } from './lib/proof.mts'
 import * as releases from './lib/releases.mts'
@@ -283,10 +283,9 @@ async function mend(site: Site, situation: Situation): Promise<void> {
 /** The release that served before us counts as good, and its schema is needed to roll back to it. */
 async function noteLiveRelease(site: Site, live: string | undefined): Promise<void> {
   if (live === undefined || report.isDryRun()) return
-  const known = (await readHistory(site)).some(
-    (entry) => entry.release === live && (entry.result === 'done' || entry.result === 'found'),
-  )
-  if (!known) await remember(site, { release: live, result: 'found' }, await readSchema(site))
+  // Also one that an interrupted rollback brought back: what came after it has been left.
+  const isKnown = trail(await readHistory(site)).at(-1) === live
+  if (!isKnown) await remember(site, { release: live, result: 'found' }, await readSchema(site))
 }
 
 /** Runs the steps and writes down how they ended, whatever happens. */
@@ -299,8 +298,14 @@ async function recorded(
   const seconds = () => Math.round((Date.now() - startedAt) / 1000)
   try {
     const figures = await (await steps())?.stop()
-    if (!report.isDryRun())
-      await remember(site, { release, result: 'done', seconds: seconds(), figures }, await readSchema(site))
+    if (report.isDryRun()) return { figures }
+    // It is live, whatever becomes of this line.
+    const noted = remember(
+      site,
+      { release, result: 'done', seconds: seconds(), figures },
+      await readSchema(site),
+    )
+    await noted.catch((failure: unknown) => warn(`not written down: ${report.explain(failure)}`))
     return { figures }
   } catch (error) {
     if (report.isDryRun()) throw error

@@ -1,11 +1,11 @@
 /** What the steps of a deploy do to the slots, the flag and .env. Each is safe to repeat. */
 import { createWriteStream } from 'node:fs'
-import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ask, run } from './command.mts'
 import * as compose from './compose.mts'
 import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
+import { makeStateDir } from './history.mts'
 import type { Proof } from './proof.mts'
 import { alive, change, detail, interrupted, pause, warn } from './report.mts'
 import type { Site, SlotName } from './settings.mts'
@@ -15,9 +15,10 @@ import * as traffic from './traffic.mts'
 /** Builds the Strapi image as `release`. The full output is in the state folder. @throws Error with its end */
 export async function build(site: Site, release: string): Promise<void> {
   await change(`build ${site.image}:${release} from ${site.source}`, async () => {
-    await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
+    await makeStateDir(site)
     const logFile = join(site.stateDir, 'build.log')
     const log = createWriteStream(logFile, { mode: 0o600 })
+    log.on('error', (error) => warn(`the output of the build is not written down: ${error.message}`))
     const recent: string[] = []
     const onLine = (line: string) => {
       log.write(`${line}\n`)

@@ -4,6 +4,7 @@ import { stillFit } from './health.mts'
 import { exitCodes, explain, interrupted, Problem, warn } from './report.mts'
 import { readSchema, type Schema } from './schema.mts'
 import { composeCommand, scriptCommand, type Site, type SlotName } from './settings.mts'
+import { observe } from './slots.mts'
 import { flagged, setAlone } from './traffic.mts'
 
 /** What this run brings live, and what it found. */
@@ -88,16 +89,22 @@ async function hasFailed(run: Run, slot: SlotName): Promise<boolean> {
 
 /** Visitors go back to the slot that served before. @returns whether it has them now */
 async function goBack(run: Run, slot: SlotName): Promise<boolean> {
-  const { site, live } = run
+  const { site } = run
   warn(`visitors go back to ${slot}`)
   try {
     await act.route(site, slot)
-    if (slot === 'strapi-master' && live !== undefined) await act.pin(site, live)
-    return true
   } catch (error) {
     warn(`they could not: ${explain(error)}`)
     return false
   }
+  // Else "docker compose up -d" would start the release that has just failed.
+  const { master, slave } = await observe(site)
+  const release = (slot === 'strapi-master' ? master : slave).release
+  if (release !== undefined)
+    await act
+      .pin(site, release)
+      .catch((error: unknown) => warn(`STRAPI_VERSION is not ${release}: ${explain(error)}`))
+  return true
 }
 
 /** @param suspect the slot to look at */

@@ -1,6 +1,6 @@
 /** What earlier deploys did: one JSON object a line, appended and synced. Saves time; is never believed against what is seen. */
-import { mkdir, open } from 'node:fs/promises'
-import { join } from 'node:path'
+import { chown, mkdir, open, stat } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
 import { readText } from './envfile.mts'
 import type { Figures } from './proof.mts'
 import type { Schema } from './schema.mts'
@@ -23,7 +23,7 @@ export async function readHistory(site: Site): Promise<Entry[]> {
 
 /** Appends an entry, and keeps the schema that this release runs on. */
 export async function remember(site: Site, entry: Omit<Entry, 'at'>, schema?: Schema): Promise<void> {
-  await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
+  await makeStateDir(site)
   if (schema) await writeSynced(schemaFile(site, entry.release), 'w', JSON.stringify(schema))
   const line = JSON.stringify({ at: new Date().toISOString(), ...entry })
   // A line that a power cut left torn must not swallow this one.
@@ -67,9 +67,22 @@ export function parseTorn<T>(text: string): T[] {
   }
 }
 
-async function writeSynced(path: string, flags: 'a' | 'w', text: string): Promise<void> {
+/** The folder of what is remembered. It belongs to whoever has the settings, also when root is the first who needs it. */
+export async function makeStateDir(site: Site): Promise<void> {
+  await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
+  if (process.getuid?.() !== 0) return
+  const { uid, gid } = await stat(dirname(site.stateDir))
+  await chown(site.stateDir, uid, gid)
+}
+
+/** Appends or replaces; it survives a power cut. A new file belongs to the owner of its folder. */
+export async function writeSynced(path: string, flags: 'a' | 'w', text: string): Promise<void> {
   const file = await open(path, flags, 0o600)
   try {
+    if (process.getuid?.() === 0) {
+      const { uid, gid } = await stat(dirname(path))
+      await file.chown(uid, gid)
+    }
     await file.writeFile(text)
     await file.sync()
   } finally {

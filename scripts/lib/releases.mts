@@ -75,13 +75,13 @@ export async function rollbackTarget(
 ): Promise<string> {
   const history = await readHistory(site)
   const past = trail(history)
-  // Only slave serves, on an earlier release: a rollback to it did not come to its end.
-  const isUnfinished = way === 'resume' && past.includes(live) && live !== past.at(-1)
+  // An earlier release serves, but is not written down as the last one: a rollback to it did not come to its end.
+  const isUnfinished = past.includes(live) && live !== past.at(-1)
   const target = wish.rollbackTo ?? (isUnfinished ? live : previousRelease(history, live))
   const status = scriptCommand('deploy', site.envFile, '--status')
   if (target === undefined)
     throw new Problem(exitCodes.usage, 'there is no earlier good release', `See: ${status}`)
-  if (target === live && way === 'full')
+  if (target === live && way === 'full' && !isUnfinished)
     throw new Problem(exitCodes.usage, `${target} is live already`, `See: ${status}`)
   if ((await imageOf(site, target)) === undefined) {
     const images = (await engine.tags(site.image)).map(({ tag }) => tag).toSorted()

@@ -25,6 +25,7 @@ test('an archive is what tar unpacks: content, time, long names, empty and large
     ['block.bin', randomBytes(512)],
     ['large.mp4', randomBytes(3 * 2 ** 20 + 7)],
     [`${'long-'.repeat(30)}é.png`, randomBytes(10)],
+    [`${'x'.repeat(96)}.png`, randomBytes(10)],
   ]
   const archive = createArchive(join(folder, 'a.tar'))
   for (const [name, content] of files) {
@@ -59,17 +60,17 @@ test('what is no plain file is left out and named, and the archive goes on', asy
 
 test.each([
   ['grows', 'while :; do echo more >> "$1"; done'],
-  ['shrinks', 'while :; do head -c 9000000 /dev/zero > "$1"; head -c 100 /dev/zero > "$1"; done'],
+  ['shrinks', 'while :; do truncate -s 33M "$1"; truncate -s 32M "$1"; done'],
 ])('a file that %s all the time is left out and named, never cut', async (_, script) => {
   const folder = await newFolder()
   const changing = join(folder, 'changing')
-  await writeFile(changing, randomBytes(8 * 2 ** 20))
+  await writeFile(changing, Buffer.alloc(32 * 2 ** 20, 'x'))
   await writeFile(join(folder, 'calm'), 'calm')
   const writer = spawn('sh', ['-c', script, 'sh', changing])
   try {
     const archive = createArchive(join(folder, 'a.tar'))
     const results = []
-    for (let times = 0; times < 10; times += 1)
+    for (let times = 0; times < 5; times += 1)
       results.push(await archive.addFile(changing, `changing-${times}`))
     await archive.addFile(join(folder, 'calm'), 'calm')
     archive.close()
@@ -103,7 +104,7 @@ test('uploads: a second pass adds what came or changed, keeps what vanished, and
   await unlink(join(uploads, 'deleted.png'))
   await archive.pass()
   const referenced = ['same.png', 'replaced.png', 'deleted.png', 'new.png', 'never.png']
-  expect(await archive.close(referenced)).toMatchObject({
+  expect(archive.close(referenced)).toMatchObject({
     files: 5,
     missing: ['uploads/never.png is not there'],
   })

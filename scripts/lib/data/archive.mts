@@ -33,6 +33,8 @@ export interface Archive {
 }
 
 const blockBytes = 512
+/** What ends every archive. */
+export const emptyArchive = Buffer.alloc(2 * blockBytes)
 const bufferBytes = 1 << 20
 const tries = 5
 
@@ -61,7 +63,9 @@ export function createArchive(tarPath: string): Archive {
     })
     const block = Buffer.alloc(blockBytes)
     // What does not fit into the block (a long name, a size of 8 GB) is said in a block before it.
-    if (header.encode(block, 0)) write(new Pax({ path: name, size: sizeBytes }).encode())
+    // So does a name of exactly 100 bytes, which the header would give a prefix.
+    if (header.encode(block, 0) || Buffer.byteLength(name) >= 100)
+      write(new Pax({ path: name, size: sizeBytes }).encode())
     write(block)
   }
 
@@ -71,8 +75,10 @@ export function createArchive(tarPath: string): Archive {
   }
 
   /** @returns whether exactly `sizeBytes` were there */
-  function copy(from: number, sizeBytes: number, hash: Hash): boolean {
+  async function copy(from: number, sizeBytes: number, hash: Hash): Promise<boolean> {
     for (let left = sizeBytes; left > 0;) {
+      const done = sizeBytes - left
+      if (done > 0 && done % (32 * bufferBytes) === 0) await breathe()
       const read = readSync(from, buffer, 0, Math.min(left, bufferBytes), null)
       if (read === 0) return false
       const part = buffer.subarray(0, read)
@@ -83,7 +89,7 @@ export function createArchive(tarPath: string): Archive {
     return true
   }
 
-  function tryFile(path: string, name: string): Added | { skipped: string } | undefined {
+  async function tryFile(path: string, name: string): Promise<Added | { skipped: string } | undefined> {
     // A link or a pipe put there by somebody must neither be followed nor waited for.
     const from = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK)
     const start = at
@@ -92,7 +98,7 @@ export function createArchive(tarPath: string): Archive {
       if (!before.isFile()) return { skipped: 'is not a plain file' }
       const hash = createHash('sha256')
       writeHeader(name, before.size, before.mtimeMs, before.mode & 0o777)
-      if (copy(from, before.size, hash) && isSame(before, fstatSync(from))) {
+      if ((await copy(from, before.size, hash)) && isSame(before, fstatSync(from))) {
         pad(before.size)
         return {
           sizeBytes: before.size,
@@ -114,13 +120,11 @@ export function createArchive(tarPath: string): Archive {
       for (let turn = 0; turn < tries; turn += 1) {
         await breathe()
         try {
-          const added = tryFile(path, name)
+          const added = await tryFile(path, name)
           if (added) return added
         } catch (error) {
-          const code = error instanceof Error && 'code' in error ? error.code : undefined
-          if (code === 'ENOENT') return { skipped: 'vanished while the backup ran' }
-          if (code === 'ELOOP') return { skipped: 'is a link' }
-          if (code === 'EACCES') return { skipped: 'may not be read' }
+          const reason = reasonToSkip(error, name)
+          if (reason !== undefined) return { skipped: reason }
           throw error
         }
       }
@@ -133,13 +137,24 @@ export function createArchive(tarPath: string): Archive {
       pad(bytes.length)
     },
     close() {
-      write(Buffer.alloc(2 * blockBytes))
+      write(emptyArchive)
       closeSync(archive)
     },
     get sizeBytes() {
       return at
     },
   }
+}
+
+/** Why the backup goes on without a file; undefined for what concerns the whole backup, such as a full disk. */
+function reasonToSkip(error: unknown, name: string): string | undefined {
+  const code = error instanceof Error && 'code' in error ? String(error.code) : ''
+  // Node puts this sign where a name is not UTF-8, and then does not find it.
+  if (code === 'ENOENT' && name.includes('\u{fffd}')) return 'has a name that is not UTF-8'
+  if (code === 'ENOENT') return 'vanished while the backup ran'
+  if (code === 'ELOOP') return 'is a link'
+  if (code === 'ENXIO') return 'is a socket'
+  return code === 'EACCES' || code === 'EPERM' || code === 'EIO' ? `cannot be read (${code})` : undefined
 }
 
 function isSame(one: Stats, other: Stats): boolean {

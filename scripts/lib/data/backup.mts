@@ -31,14 +31,14 @@ export interface Backup {
   manifest: Manifest
 }
 
-/** What a killed run left: half-made sets, sessions and files of PostgreSQL. @returns what was found, in words */
+/** What a killed run left: half-made sets; when PostgreSQL answers, its sessions and files, too. @returns what was found, in words */
 export async function endBackupLeftovers(site: Site): Promise<string[]> {
   const found: string[] = []
   for (const name of await partialSets(site)) {
     await removePartial(site, name)
     found.push(`a half-made set (${name})`)
   }
-  const postgresql = await runningPostgresql(site)
+  const postgresql = await healthyPostgresql(site)
   if (postgresql === undefined) return found
   const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '${tools.backupSession}' AND pid <> pg_backend_pid()`
   const ended = Number(await run(query(postgresql, 'postgres', end)))
@@ -146,7 +146,7 @@ async function takeState(site: Site, { name, folder, parts, database }: Job) {
   const snapshot = await openSnapshot(database, site.database.name)
   try {
     await archive()
-    const archived = await uploads?.close(snapshot.uploads)
+    const archived = uploads?.close(snapshot.uploads)
     if (parts.includes('database')) await dumpDatabase(site, database, snapshot, name, folder)
     return { state: parts.includes('database') ? snapshot : undefined, uploads: archived }
   } finally {
@@ -194,10 +194,11 @@ async function dumpDatabase(
   )
 }
 
-/** Id of PostgreSQL's container, or undefined. */
-export async function runningPostgresql(site: Site): Promise<string | undefined> {
+/** Id of PostgreSQL's container, or undefined while it does not answer. */
+export async function healthyPostgresql(site: Site): Promise<string | undefined> {
   const containers = await engine.serviceContainers(site.project, 'postgresql')
-  return containers.find((one) => one.State.Status === 'running')?.Id
+  return containers.find((one) => one.State.Status === 'running' && one.State.Health?.Status === 'healthy')
+    ?.Id
 }
 
 /** Id of PostgreSQL's container; one that is just starting gets half a minute. @throws Problem when it does not answer */
@@ -233,8 +234,13 @@ async function needSpace(site: Site, parts: Part[], database: string | undefined
 }
 
 async function strapiVersion(site: Site): Promise<string | undefined> {
-  const text = await readFile(join(site.source, 'package.json'), 'utf8').catch(() => '{}')
-  return (JSON.parse(text) as { dependencies?: Record<string, string> }).dependencies?.['@strapi/strapi']
+  try {
+    const text = await readFile(join(site.source, 'package.json'), 'utf8')
+    return (JSON.parse(text) as { dependencies?: Record<string, string> }).dependencies?.['@strapi/strapi']
+  } catch {
+    // Only for people to read: not worth a backup.
+    return undefined
+  }
 }
 
 async function secretsPrint(site: Site, key: string): Promise<string | undefined> {

@@ -1,5 +1,5 @@
 /** The configuration of a set: all that a bare host needs beside the database and the uploads. */
-import { readdir, stat } from 'node:fs/promises'
+import { readdir, realpath, stat } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import type { Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
@@ -10,7 +10,8 @@ export async function archiveConfig(site: Site, tarPath: string): Promise<string
   const missing: string[] = []
   try {
     for (const [name, path] of await configFiles(site)) {
-      const added = await archive.addFile(path, name)
+      // A link to a settings file is as good as the file.
+      const added = await archive.addFile(await realpath(path).catch(() => path), name)
       if ('skipped' in added) missing.push(`${name} (${path}) ${added.skipped}`)
     }
   } finally {

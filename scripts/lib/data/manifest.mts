@@ -59,17 +59,22 @@ export async function writeManifest(folder: string, manifest: Manifest): Promise
   await writeFile(join(folder, sumsName), lines.join(''), { mode: 0o600 })
 }
 
-/** @throws Error when there is none, or it is not of this format */
+/** What is wrong with a set itself; that somebody may not read it is another thing. */
+export class Damage extends Error {}
+
+/** @throws Damage when there is none, or it is not of this format */
 export async function readManifest(folder: string): Promise<Manifest> {
-  const text = await readFile(join(folder, manifestName), 'utf8')
+  const text = await readFile(join(folder, manifestName), 'utf8').catch((error: NodeJS.ErrnoException) => {
+    throw error.code === 'ENOENT' ? new Damage(`${manifestName} is missing`) : error
+  })
   let manifest: Partial<Manifest>
   try {
     manifest = JSON.parse(text) as Partial<Manifest>
   } catch (error) {
-    throw new Error(`${manifestName} cannot be read`, { cause: error })
+    throw new Damage(`${manifestName} cannot be read`, { cause: error })
   }
   if (manifest.format !== format) {
-    throw new Error(`${manifestName} is of format ${String(manifest.format)}, this program reads ${format}`)
+    throw new Damage(`${manifestName} is of format ${String(manifest.format)}, this program reads ${format}`)
   }
   return manifest as Manifest
 }
@@ -79,8 +84,11 @@ export async function readManifest(folder: string): Promise<Manifest> {
  * @returns what is wrong with it, one sentence each; empty when all sums are right
  */
 export async function wrongSums(folder: string): Promise<string[]> {
-  const manifest = await readManifest(folder).catch((error: Error) => error)
-  if (manifest instanceof Error) return [manifest.message]
+  const manifest = await readManifest(folder).catch((error: Error) => {
+    if (error instanceof Damage) return error
+    throw error
+  })
+  if (manifest instanceof Damage) return [manifest.message]
   const wrong: string[] = []
   const present = new Set(await readdir(folder))
   const expected: Record<string, FileSum> = { ...manifest.files }

@@ -4,8 +4,8 @@
 export const backupSession = 'strapi-blue-green-backup'
 
 /** psql for a conversation. It stops at the first error. */
-export const psql = (containerId: string, database: string) => [
-  ...asSuperuser(containerId, '--interactive', `--env=PGAPPNAME=${backupSession}`),
+export const psql = (containerId: string, database: string, session: string) => [
+  ...asSuperuser(containerId, '--interactive', `--env=PGAPPNAME=${session}`),
   'psql',
   '--no-psqlrc',
   '--quiet',

@@ -57,7 +57,6 @@ export async function commitSet(site: Site, name: string): Promise<void> {
 /** Removes a finished set. It stops being one at once; killed here, the next run removes the rest. */
 export async function removeSet(site: Site, name: string): Promise<void> {
   const folder = `${partial}${name}`
-  await chmod(setFolder(site, name), 0o700)
   await rename(setFolder(site, name), join(site.folders.backups, folder))
   await removePartial(site, folder)
 }
@@ -70,7 +69,10 @@ export async function partialSets(site: Site): Promise<string[]> {
 
 /** Removes a half-made set by the name that `partialSets` gives it. */
 export async function removePartial(site: Site, folderName: string): Promise<void> {
-  await rm(join(site.folders.backups, folderName), { recursive: true, force: true })
+  const folder = join(site.folders.backups, folderName)
+  // Killed just before its last step, it may have been made read-only.
+  await chmod(folder, 0o700)
+  await rm(folder, { recursive: true, force: true })
 }
 
 /** Folder on this host that PostgreSQL's container sees as /backup. */

@@ -2,7 +2,7 @@
 import { once } from 'node:events'
 import { createInterface } from 'node:readline'
 import { converse } from '../command.mts'
-import { psql } from './postgresql.mts'
+import { backupSession, psql } from './postgresql.mts'
 
 export interface Snapshot {
   /** Name for `pg_dump --snapshot`. */
@@ -34,10 +34,15 @@ const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encod
 
 /**
  * Opens a snapshot. It must be closed: as long as it is open, PostgreSQL keeps every row version that it can see.
+ * @param name what its session calls itself
  * @throws Error with what psql said
  */
-export async function openSnapshot(containerId: string, database: string): Promise<Snapshot> {
-  const session = startSession(psql(containerId, database))
+export async function openSnapshot(
+  containerId: string,
+  database: string,
+  name = backupSession,
+): Promise<Snapshot> {
+  const session = startSession(psql(containerId, database, name))
   try {
     await session.ask('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;')
     const [id = ''] = await session.ask('SELECT pg_export_snapshot();')

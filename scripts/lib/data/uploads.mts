@@ -1,9 +1,7 @@
 /** The uploads of a set: everything once, and then, beside the snapshot, what has come or changed meanwhile. */
-import { once } from 'node:events'
-import { createWriteStream } from 'node:fs'
+import { closeSync, openSync, writeFileSync } from 'node:fs'
 import { opendir, stat } from 'node:fs/promises'
 import { join, relative } from 'node:path'
-import { finished } from 'node:stream/promises'
 import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
 import type { UploadLine } from './manifest.mts'
@@ -15,14 +13,15 @@ export interface UploadsArchive {
    * @param referenced names that a row of the snapshot refers to
    * @returns what is in the archive, and the names that should be and are not, each with the reason
    */
-  close(referenced: string[]): Promise<{ files: number; bytes: number; missing: string[] }>
+  close(referenced: string[]): { files: number; bytes: number; missing: string[] }
   readonly progress: { files: number; bytes: number }
 }
 
 /** Strapi writes a file before its row and removes it before its row, so a pass right after a snapshot has what it refers to. */
 export function archiveUploads(uploads: string, tarPath: string, listPath: string): UploadsArchive {
   const archive = createArchive(tarPath)
-  const list = createWriteStream(listPath, { flags: 'wx', mode: 0o600 })
+  const list = openSync(listPath, 'wx', 0o600)
+  let lines = ''
   const known = new Map<string, Pick<Added, 'sizeBytes' | 'mtimeMs' | 'inode'>>()
   const skipped = new Map<string, string>()
 
@@ -38,22 +37,29 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
     skipped.delete(name)
     known.set(name, added)
     const line: UploadLine = { name, sizeBytes: added.sizeBytes, sha256: added.sha256 }
-    if (!list.write(`${JSON.stringify(line)}\n`)) await once(list, 'drain')
+    lines += `${JSON.stringify(line)}\n`
+    if (lines.length > 65_536) flush()
+  }
+
+  function flush(): void {
+    writeFileSync(list, lines)
+    lines = ''
   }
 
   return {
     async pass() {
       for await (const name of filesBelow(uploads, uploads)) await add(name)
     },
-    async close(referenced) {
+    close(referenced) {
       archive.close()
-      list.end()
-      await finished(list)
+      flush()
+      closeSync(list)
       const lost = referenced.filter((name) => !known.has(name))
       const reasons = new Map(lost.map((name) => [name, 'is not there']))
       for (const [name, reason] of skipped) {
-        if (!known.has(name) && (reasons.has(name) || !reason.startsWith('vanished')))
-          reasons.set(name, reason)
+        // What came or went just then matters only when a row refers to it.
+        const isPassing = /^(vanished|changed)/.test(reason)
+        if (!known.has(name) && (reasons.has(name) || !isPassing)) reasons.set(name, reason)
       }
       const sizes = [...known.values()].map(({ sizeBytes }) => sizeBytes)
       return {
@@ -80,10 +86,12 @@ export async function folderBytes(folder: string): Promise<number> {
 /** Names relative to `top` of everything that is no folder; a folder that vanishes meanwhile has none. */
 async function* filesBelow(top: string, folder: string): AsyncGenerator<string> {
   const entries = await opendir(folder, { bufferSize: 512 }).catch((error: NodeJS.ErrnoException) => {
-    if (error.code === 'ENOENT' && folder !== top) return undefined
-    throw error
+    if (folder === top) throw error
+    return error.code
   })
-  if (!entries) return
+  if (entries === 'ENOENT') return
+  // A closed folder is named as what cannot be backed up.
+  if (typeof entries !== 'object') return yield relative(top, folder)
   for await (const entry of entries) {
     const path = join(folder, entry.name)
     if (entry.isDirectory()) yield* filesBelow(top, path)

@@ -1,8 +1,7 @@
 /** Which sets were read back, when, and with what result. */
-import { mkdir, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { readText } from '../envfile.mts'
-import { parseTorn } from '../history.mts'
+import { makeStateDir, parseTorn, writeSynced } from '../history.mts'
 import type { Site } from '../settings.mts'
 
 export interface Verified {
@@ -20,13 +19,8 @@ export async function readVerified(site: Site): Promise<Verified[]> {
 }
 
 export async function rememberVerified(site: Site, entry: Omit<Verified, 'at'>): Promise<void> {
-  await mkdir(site.stateDir, { recursive: true, mode: 0o700 })
-  const handle = await open(file(site), 'a', 0o600)
-  try {
-    await handle.writeFile(`\n${JSON.stringify({ at: new Date().toISOString(), ...entry })}\n`)
-  } finally {
-    await handle.close()
-  }
+  await makeStateDir(site)
+  await writeSynced(file(site), 'a', `\n${JSON.stringify({ at: new Date().toISOString(), ...entry })}\n`)
 }
 
 function file(site: Site): string {

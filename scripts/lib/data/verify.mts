@@ -1,6 +1,7 @@
 /** Is a set what was written, and can it be read to its end? Nothing is restored. */
 import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
+import { readFile, stat, statfs } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { Parser, type ReadEntry } from 'tar'
@@ -8,7 +9,8 @@ import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
-import { runningPostgresql } from './backup.mts'
+import { emptyArchive } from './archive.mts'
+import { healthyPostgresql, megabytes } from './backup.mts'
 import { readManifest, sumOf, wrongSums, type UploadLine } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
@@ -38,6 +40,7 @@ export async function verifySet(site: Site, name: string): Promise<string[]> {
     if (!(file in files)) continue
     await read(join(folder, file)).catch((error: unknown) => {
       interrupted.throwIfAborted()
+      if (!isDamage(error)) throw error
       wrong.push(
         `${file} cannot be read to its end: ${error instanceof Error ? error.message : String(error)}`,
       )
@@ -56,7 +59,8 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
   const manifest = await readManifest(folder)
   if (!manifest.database) return []
   const postgresql = await needPostgresql(site)
-  await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}"`))
+  await needSpace(site, postgresql)
+  await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}" WITH (FORCE)`))
   await run(query(postgresql, 'postgres', `CREATE DATABASE "${scratch}" TEMPLATE template0`))
   try {
     const failure = await run(restoreDump(postgresql, scratch), {
@@ -68,8 +72,9 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
       (error: Error) => error,
     )
     interrupted.throwIfAborted()
+    if (failure && !isDamage(failure)) throw failure
     if (failure) return [`database.dump cannot be restored: ${failure.message}`]
-    const restored = await openSnapshot(postgresql, scratch)
+    const restored = await openSnapshot(postgresql, scratch, 'strapi-blue-green-verify')
     await restored.close()
     return [
       ...differentRows(manifest.database.rows, restored.rows),
@@ -101,12 +106,34 @@ async function missingUploads(folder: string, referenced: string[], named: strin
     .map((name) => `uploads/${name} is referred to and not in the set`)
 }
 
+/** What says nothing about the set: a disk without room, a server that went away, a file that this user may not read. */
+function isDamage(error: unknown): boolean {
+  const text = error instanceof Error ? error.message : String(error)
+  return !/No space left on device|ENOSPC|EACCES|EIO|server closed the connection|the database system is|is not running|No such container/.test(
+    text,
+  )
+}
+
+/** A full disk would stop the live database. @throws Problem before anything is written */
+async function needSpace(site: Site, postgresql: string): Promise<void> {
+  const size = `SELECT pg_database_size('${site.database.name.replaceAll("'", "''")}')`
+  const needed = 1.5 * Number(await run(query(postgresql, 'postgres', size)))
+  const disk = await statfs(site.folders.postgres)
+  const free = disk.bavail * disk.bsize
+  if (needed < free) return
+  throw new Problem(
+    exitCodes.failed,
+    `to restore the dump for a look needs about ${megabytes(needed)}, and ${megabytes(free)} are free on the disk of ${site.folders.postgres}`,
+    'Make room, or verify without --deep.',
+  )
+}
+
 async function needPostgresql(site: Site): Promise<string> {
-  const id = await runningPostgresql(site)
+  const id = await healthyPostgresql(site)
   if (id !== undefined) return id
   throw new Problem(
     exitCodes.failed,
-    'PostgreSQL does not run, so that its own tools cannot read the dump; nothing is known of the set',
+    'PostgreSQL does not run well, so that its own tools cannot read the dump; nothing is known of the set',
     `Start it: ${composeCommand(site, 'up -d postgresql')}`,
   )
 }
@@ -121,6 +148,8 @@ async function readUploads(tarPath: string, listPath: string): Promise<void> {
 
 /** Reads an archive to its end. @throws Error at the first thing that is not right */
 async function readTar(path: string, onFile: (line: UploadLine) => void): Promise<void> {
+  // The parser takes an archive without a file for none.
+  if ((await stat(path)).size === emptyArchive.length && (await readFile(path)).equals(emptyArchive)) return
   const parser = new Parser({ strict: true })
   parser.on('entry', (entry: ReadEntry) => {
     const hash = createHash('sha256')

@@ -17,6 +17,16 @@ import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './h
 let own: TestSite
 let site: Site
 const pictures = new Map<string, Buffer>()
+const filesOfSet = [
+  'RECOVERY.md',
+  'SHA256SUMS',
+  'config.tar',
+  'database.dump',
+  'manifest.json',
+  'roles.sql',
+  'uploads.jsonl',
+  'uploads.tar',
+]
 
 beforeAll(async () => {
   own = await strapiSite(18_300)
@@ -67,18 +77,7 @@ describe('a backup', () => {
     expect(outcome.stdout).toMatch(/Done: \S+, [\d.]+ MB, read back and right/)
     const name = (await listSets(site)).at(-1) ?? ''
     const folder = setFolder(site, name)
-    expect((await readdir(folder)).toSorted()).toEqual(
-      [
-        'RECOVERY.md',
-        'SHA256SUMS',
-        'config.tar',
-        'database.dump',
-        'manifest.json',
-        'roles.sql',
-        'uploads.jsonl',
-        'uploads.tar',
-      ].toSorted(),
-    )
+    expect((await readdir(folder)).toSorted()).toEqual(filesOfSet.toSorted())
     expect((await stat(folder)).mode & 0o777).toBe(0o500)
     for (const file of await readdir(folder))
       expect((await stat(join(folder, file))).mode & 0o777).toBe(0o400)
@@ -291,17 +290,6 @@ describe('a set that was damaged', () => {
     }
   }
 
-  const files = [
-    'RECOVERY.md',
-    'SHA256SUMS',
-    'config.tar',
-    'database.dump',
-    'manifest.json',
-    'roles.sql',
-    'uploads.jsonl',
-    'uploads.tar',
-  ]
-
   test('is told from one that was not', async () => {
     expect((await mustSucceed(own.run('data', 'verify', good))).stdout).toContain('can be read to its end')
     expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(
@@ -330,7 +318,7 @@ describe('a set that was damaged', () => {
     expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
   })
 
-  test.each(files)('in %s is found: a bit flipped, cut, deleted', async (file) => {
+  test.each(filesOfSet)('in %s is found: a bit flipped, cut, deleted', async (file) => {
     await verifyDamaged(async (folder) => {
       const content = await readFile(join(folder, file))
       const at = Math.floor(content.length / 2)

@@ -130,7 +130,7 @@ export async function drained(site: Site, slot: SlotName): Promise<boolean> {
       await setAlone(site, false)
       await untilIdle(site, slot, deadline, serving)
       await secludeIdleSlot(site)
-      const isEmpty = await untilIdle(site, slot, deadline)
+      const isEmpty = await untilIdle(site, slot, deadline, serving)
       if ((await obstacleTo(site, serving)) === undefined) return isEmpty
     }
   } catch (error) {

@@ -26,7 +26,6 @@ export interface Archive {
    * @returns what was added, or why nothing was
    */
   addFile(path: string, name: string): Promise<Added | { skipped: string }>
-  addText(text: string, name: string): void
   /** Ends the archive. */
   close(): void
   readonly sizeBytes: number
@@ -93,6 +92,7 @@ export function createArchive(tarPath: string): Archive {
     // A link or a pipe put there by somebody must neither be followed nor waited for.
     const from = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK)
     const start = at
+    let isWhole = false
     try {
       const before = fstatSync(from)
       if (!before.isFile()) return { skipped: 'is not a plain file' }
@@ -100,6 +100,7 @@ export function createArchive(tarPath: string): Archive {
       writeHeader(name, before.size, before.mtimeMs, before.mode & 0o777)
       if ((await copy(from, before.size, hash)) && isSame(before, fstatSync(from))) {
         pad(before.size)
+        isWhole = true
         return {
           sizeBytes: before.size,
           sha256: hash.digest('hex'),
@@ -107,11 +108,14 @@ export function createArchive(tarPath: string): Archive {
           inode: before.ino,
         }
       }
-      ftruncateSync(archive, start)
-      at = start
       return undefined
     } finally {
       closeSync(from)
+      // Also after a read that failed half-way: what follows must not begin in the middle of a file.
+      if (!isWhole) {
+        ftruncateSync(archive, start)
+        at = start
+      }
     }
   }
 
@@ -129,12 +133,6 @@ export function createArchive(tarPath: string): Archive {
         }
       }
       return { skipped: `changed each of the ${tries} times that it was read` }
-    },
-    addText(text, name) {
-      const bytes = Buffer.from(text)
-      writeHeader(name, bytes.length, Date.now(), 0o600)
-      write(bytes)
-      pad(bytes.length)
     },
     close() {
       write(emptyArchive)

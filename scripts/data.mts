@@ -1,11 +1,14 @@
-/** Backs up database, uploads and configuration of the running site as one state, and proves that what it wrote can be read. */
+/** Backs up the running site as one state that is proven to be readable, and puts such a state in place again so that it can be undone. */
 import { existsSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { markCommands, endOrphans, orphans } from './lib/command.mts'
 import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
+import { acceptable, type Acceptable } from './lib/data/fitness.mts'
 import { parts as allParts, readManifest, type Manifest, type Part } from './lib/data/manifest.mts'
 import { alarmOf, known, retention } from './lib/data/retention.mts'
+import { restoreSet } from './lib/data/restore.mts'
 import { incomingFolder, listSets, removeSet, setFolder } from './lib/data/sets.mts'
+import { mendRestore, removeOldRestores, undoRestore } from './lib/data/undo.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
 import { readVerified, rememberVerified, type Verified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
@@ -14,16 +17,22 @@ import { detail, exitCodes, Problem, say, warn } from './lib/report.mts'
 import { asRoot, loadSite, scriptCommand, type Site } from './lib/settings.mts'
 
 const usage = `
-Backs up the Strapi site while it runs, and reads back what was written.
+Backs up the Strapi site while it runs, reads back what was written, and puts it in place again.
 
   npx zx scripts/data.mts [backup]            database, uploads and configuration, as one state
   npx zx scripts/data.mts list                the sets, oldest first
-  npx zx scripts/data.mts verify [SET]        read every byte of a set; default: latest
-  npx zx scripts/data.mts prune               remove sets that KEEP_DAILY, KEEP_WEEKLY and KEEP_MONTHLY do not ask for;
-                                              with --dry-run: why each stays or goes
+  npx zx scripts/data.mts verify [SET]        read every byte of a set
+  npx zx scripts/data.mts restore [SET]       put database and uploads of a set in place of the live ones
+  npx zx scripts/data.mts undo                take the last restore back
+  npx zx scripts/data.mts prune               remove sets that KEEP_DAILY, KEEP_WEEKLY and KEEP_MONTHLY do not ask for, and what
+                                              restores replaced before RESTORE_KEEP_DAYS; with --dry-run: why each stays or goes
 
-  --only PARTS      with backup: database, uploads, config, separated by commas
+  SET is a name from the list, or latest (default): the newest that has all parts that are asked for.
+
+  --only PARTS      with backup and restore: database, uploads, config (backup alone), separated by commas
   --deep            with verify: also restore the dump into a database of its own, and compare
+  --yes             with restore and undo: do not ask
+  --accept WHAT     with restore and undo: take what would be refused; the refusal says what
   --dry-run         say what would be done, change nothing
   --env-file FILE   settings (default docker/.env)
   --wait DURATION   wait for another run to end, for example 30m
@@ -34,6 +43,16 @@ Backs up the Strapi site while it runs, and reads back what was written.
 Exit codes: 0 done; 1 failed; 2 usage or settings; 3 degraded: the set is there, something is missing in it;
 4 another run holds the lock; 130 interrupted.`
 
+const commands: Record<string, { run: (site: Site, wish: Wish) => Promise<void>; takes: string[] }> = {
+  backup: { run: backup, takes: ['only'] },
+  list: { run: list, takes: [] },
+  verify: { run: verify, takes: ['set', 'deep'] },
+  restore: { run: restore, takes: ['set', 'only', 'yes', 'accept'] },
+  undo: { run: undo, takes: ['yes', 'accept'] },
+  prune: { run: prune, takes: [] },
+}
+const forEvery = ['dry-run', 'env-file', 'wait', 'quiet', 'json']
+
 await report.main(async () => {
   const { values: options, positionals } = parseArgs({
     args: report.scriptArguments(),
@@ -41,6 +60,8 @@ await report.main(async () => {
     options: {
       only: { type: 'string' },
       deep: { type: 'boolean' },
+      yes: { type: 'boolean' },
+      accept: { type: 'string', multiple: true },
       'dry-run': { type: 'boolean' },
       'env-file': { type: 'string' },
       wait: { type: 'string' },
@@ -51,22 +72,17 @@ await report.main(async () => {
   })
   if (options.help) return say(usage.trim())
   report.configureReport({ json: options.json, dryRun: options['dry-run'], quiet: options.quiet })
-  const [command = 'backup', ...rest] = positionals
-  const commands = { backup, list, verify, prune }
-  const action = Object.entries(commands).find(([name]) => name === command)?.[1]
-  if (
-    !action ||
-    rest.length > (command === 'verify' ? 1 : 0) ||
-    (options.only !== undefined && command !== 'backup') ||
-    (options.deep && command !== 'verify')
-  )
-    throw new Problem(
-      exitCodes.usage,
-      `unexpected: ${[...positionals, options.only && '--only', options.deep && '--deep'].filter(Boolean).join(' ')}`,
-      'See --help.',
-    )
-  const parts = partsOf(options.only)
-  const waitMs = parseDuration(options.wait ?? '0')
+  const [name = 'backup', ...rest] = positionals
+  const command = Object.entries(commands).find(([one]) => one === name)?.[1]
+  refuseNonsense(name, command, rest, options)
+  const wish: Wish = {
+    only: options.only === undefined ? undefined : partsOf(options.only),
+    waitMs: parseDuration(options.wait ?? '0'),
+    set: rest[0] ?? 'latest',
+    deep: options.deep ?? false,
+    isAgreed: options.yes ?? false,
+    accept: acceptedOf(options.accept ?? []),
+  }
   const site = await loadSite(options['env-file'])
   if (!existsSync(incomingFolder(site))) {
     const advice = `Make it: ${asRoot(scriptCommand('setup', site.envFile))}`
@@ -76,19 +92,23 @@ await report.main(async () => {
       advice,
     )
   }
-  await action(site, { parts, waitMs, set: rest[0], deep: options.deep ?? false })
+  await command?.run(site, wish)
 })
 
 interface Wish {
-  parts: Part[]
+  /** Undefined: all that the command is for. */
+  only: Part[] | undefined
   waitMs: number
   /** Restores the dump, too. */
   deep: boolean
-  /** As typed; undefined is the latest. */
-  set: string | undefined
+  /** As typed. */
+  set: string
+  isAgreed: boolean
+  accept: Acceptable[]
 }
 
-async function backup(site: Site, { parts, waitMs }: Wish): Promise<void> {
+async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
+  const parts = only ?? [...allParts]
   await locked(site, 'backup', waitMs, async () => {
     await report.change(
       `write ${parts.join(', ')} to a set in ${site.folders.backups}, and read it back`,
@@ -120,6 +140,7 @@ async function endLeftovers(site: Site): Promise<void> {
     await endOrphans(site.project)
   }
   for (const found of await endBackupLeftovers(site)) detail(`an earlier run left ${found}: removed`)
+  for (const found of await mendRestore(site)) detail(`an earlier run left ${found}`)
 }
 
 async function list(site: Site): Promise<void> {
@@ -173,6 +194,7 @@ async function prune(site: Site, { waitMs }: Wish): Promise<void> {
       say(`${name} ${keep ? 'stays' : 'goes'}: ${reason}`, 'verdict', { set: name, keep, reason })
       if (!keep) await report.change(`remove ${name}`, () => removeSet(site, name))
     }
+    await removeOldRestores(site, new Date())
     const alarm = alarmOf(looked, new Date())
     if (alarm)
       throw new Problem(
@@ -204,15 +226,30 @@ function bytesOf({ files }: Manifest): number {
   return Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
 }
 
-async function verify(site: Site, { set = 'latest', deep, waitMs }: Wish): Promise<void> {
-  const names = await listSets(site)
-  const name = set === 'latest' ? names.at(-1) : names.find((one) => one === set)
-  if (name === undefined)
+async function restore(site: Site, { only, set, waitMs, accept, isAgreed }: Wish): Promise<void> {
+  if (only?.includes('config'))
     throw new Problem(
       exitCodes.usage,
-      `there is no set ${set} in ${site.folders.backups}`,
-      `See: ${scriptCommand('data', site.envFile, 'list')}`,
+      'the configuration of a set is not put in place of a live one',
+      'Its config.tar can be unpacked anywhere, see RECOVERY.md in the set.',
     )
+  await locked(site, 'restore', waitMs, async () => {
+    const name = await findSet(site, set, only ?? ['database', 'uploads'])
+    const held = await readManifest(setFolder(site, name)).then(
+      ({ parts }) => parts.filter((part) => part !== 'config'),
+      // Read again there, and refused.
+      (): Part[] => [],
+    )
+    await restoreSet(site, { set: name, parts: only ?? held, accept, isAgreed })
+  })
+}
+
+async function undo(site: Site, { waitMs, accept, isAgreed }: Wish): Promise<void> {
+  await locked(site, 'undo', waitMs, () => undoRestore(site, { accept, isAgreed }))
+}
+
+async function verify(site: Site, { set, deep, waitMs }: Wish): Promise<void> {
+  const name = await findSet(site, set, allParts)
   // Not the lock of the site: a deploy need not wait for it.
   const lock =
     deep && !report.isDryRun() ? await takeLock(`${site.project}/verify`, 'verify --deep', waitMs) : undefined
@@ -253,8 +290,51 @@ function damaged(site: Site, name: string, wrong: string[]): Problem {
   )
 }
 
-function partsOf(only: string | undefined): Part[] {
-  if (only === undefined) return [...allParts]
+/** @param parts that the latest one should have; where no set has them all, it is the newest of any */
+async function findSet(site: Site, set: string, parts: readonly Part[]): Promise<string> {
+  const names = await listSets(site)
+  const name = set === 'latest' ? await latestSet(site, names, parts) : names.find((one) => one === set)
+  if (name !== undefined) return name
+  throw new Problem(
+    exitCodes.usage,
+    `there is no set ${set} in ${site.folders.backups}`,
+    `See: ${scriptCommand('data', site.envFile, 'list')}`,
+  )
+}
+
+async function latestSet(site: Site, names: string[], parts: readonly Part[]): Promise<string | undefined> {
+  const { sets } = await lookAtSets(site)
+  const past = sets.filter(({ manifest }) => new Date(manifest.createdAt) <= new Date())
+  if (past.length < sets.length)
+    warn('a set is from the future, and not taken for the latest: look at the clock')
+  const whole = past.findLast(({ manifest }) => parts.every((part) => manifest.parts.includes(part)))
+  return whole?.name ?? past.at(-1)?.name ?? names.at(-1)
+}
+
+function refuseNonsense(
+  name: string,
+  command: { takes: string[] } | undefined,
+  rest: string[],
+  options: Record<string, unknown>,
+): void {
+  const words = rest.slice(command?.takes.includes('set') ? 1 : 0)
+  const flags = Object.keys(options).filter((key) => ![...forEvery, ...(command?.takes ?? [])].includes(key))
+  const wrong = [...(command ? [] : [name]), ...words, ...flags.map((key) => `--${key}`)]
+  if (wrong.length > 0) throw new Problem(exitCodes.usage, `unexpected: ${wrong.join(' ')}`, 'See --help.')
+}
+
+function acceptedOf(words: string[]): Acceptable[] {
+  const unknown = words.filter((word) => !acceptable.some((one) => one === word))
+  if (unknown.length > 0)
+    throw new Problem(
+      exitCodes.usage,
+      `--accept does not know "${unknown.join(', ')}"`,
+      `It takes ${acceptable.join(', ')}.`,
+    )
+  return acceptable.filter((one) => words.includes(one))
+}
+
+function partsOf(only: string): Part[] {
   const wanted = only.split(',').map((word) => word.trim())
   const unknown = wanted.filter((word) => !allParts.some((part) => part === word))
   if (unknown.length > 0)

@@ -44,6 +44,8 @@ export interface Site {
   keepReleases: number
   /** Backup sets that stay, by the newest of so many days, weeks and months. */
   keepSets: { daily: number; weekly: number; monthly: number }
+  /** How long a restore keeps what it replaced. */
+  restoreKeepDays: number
   /** `dial` replaces the host of `url` when connecting. */
   probe: { url: string; dial: string | undefined }
   database: { name: string; user: string }
@@ -159,6 +161,7 @@ const numbers = {
   KEEP_DAILY: 0,
   KEEP_WEEKLY: 0,
   KEEP_MONTHLY: 0,
+  RESTORE_KEEP_DAYS: 0,
 }
 const names = ['NETWORK_NAME', 'POSTGRES_USER', 'POSTGRES_DB']
 
@@ -271,6 +274,7 @@ function siteOf(envFile: string, values: Record<string, string>): Site {
       weekly: Number(value('KEEP_WEEKLY')),
       monthly: Number(value('KEEP_MONTHLY')),
     },
+    restoreKeepDays: Number(value('RESTORE_KEEP_DAYS')),
     probe: value('PROBE_URL')
       ? { url: value('PROBE_URL'), dial: undefined }
       : {

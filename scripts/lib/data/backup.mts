@@ -40,12 +40,12 @@ export async function endBackupLeftovers(site: Site): Promise<string[]> {
   }
   const postgresql = await healthyPostgresql(site)
   if (postgresql === undefined) return found
-  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '${tools.backupSession}' AND pid <> pg_backend_pid()`
+  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name IN ('${tools.backupSession}', '${tools.restoreSession}') AND pid <> pg_backend_pid()`
   const ended = Number(await run(query(postgresql, 'postgres', end)))
-  if (ended > 0) found.push(`${ended} sessions of a backup in PostgreSQL`)
+  if (ended > 0) found.push(`${ended} sessions in PostgreSQL`)
   const files = (await run(tools.listIncoming(postgresql)))
     .split('\n')
-    .filter((name) => /^[\d-]+\.(dump|sql)$/.test(name))
+    .filter((name) => /^[\d_-]+\.(dump|sql)$/.test(name))
   if (files.length > 0) {
     await run(tools.removeIncoming(postgresql, files))
     found.push(`half-written files (${files.join(', ')})`)
@@ -110,7 +110,12 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
     release: (flag === 'strapi-slave' ? slave : master).release,
     schemaHash: state?.schemaHash,
     versions: { postgresql: state?.serverVersion, strapi: await strapiVersion(site) },
-    database: state && { name: site.database.name, settings: state.settings, rows: state.rows },
+    database: state && {
+      name: site.database.name,
+      bytes: state.databaseBytes,
+      settings: state.settings,
+      rows: state.rows,
+    },
     uploads: uploads && { files: uploads.files, bytes: uploads.bytes },
     secrets: await secretsPrint(site, createdAt.toISOString()),
   }
@@ -243,7 +248,8 @@ async function strapiVersion(site: Site): Promise<string | undefined> {
   }
 }
 
-async function secretsPrint(site: Site, key: string): Promise<string | undefined> {
+/** @param key `createdAt` of the set, so that two sets cannot be compared with each other */
+export async function secretsPrint(site: Site, key: string): Promise<string | undefined> {
   const application = await readEnv(join(site.source, '.env'))
   if (!application) return undefined
   return createHmac('sha256', key)

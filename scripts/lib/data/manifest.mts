@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { createInterface } from 'node:readline'
 import { pipeline } from 'node:stream/promises'
 
 export const format = 1
@@ -27,15 +28,36 @@ export interface Manifest {
   release: string | undefined
   schemaHash: string | undefined
   versions: { postgresql?: string | undefined; strapi?: string | undefined }
-  database: { name: string; settings: Record<string, string>; rows: Record<string, number> } | undefined
+  database:
+    { name: string; bytes?: number; settings: DatabaseSettings; rows: Record<string, number> } | undefined
   uploads: { files: number; bytes: number } | undefined
   /** HMAC-SHA256 of the application's secrets, keyed with `createdAt`: tells whether a site has the same ones, not which. */
   secrets: string | undefined
 }
 
+/** What CREATE DATABASE is told, as `pg_database` has it. Sets of earlier versions lack the last three. */
+export interface DatabaseSettings {
+  encoding: string
+  collation: string
+  characters: string
+  owner: string
+  /** libc, ICU or builtin, by its letter. */
+  provider?: 'c' | 'i' | 'b'
+  /** Of ICU or builtin. */
+  locale?: string | null
+  /** name=value of ALTER DATABASE ... SET. */
+  parameters?: string[] | null
+}
+
 /** One line of uploads.jsonl: a file as it is in uploads.tar. */
 export interface UploadLine extends FileSum {
   name: string
+}
+
+/** Lines of uploads.jsonl in a set. A name that is there twice counts in its last line. */
+export async function* uploadLines(folder: string): AsyncGenerator<UploadLine> {
+  for await (const line of createInterface({ input: createReadStream(join(folder, 'uploads.jsonl')) }))
+    yield JSON.parse(line) as UploadLine
 }
 
 const manifestName = 'manifest.json'

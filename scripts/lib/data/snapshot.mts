@@ -2,14 +2,14 @@
 import { once } from 'node:events'
 import { createInterface } from 'node:readline'
 import { converse } from '../command.mts'
+import type { DatabaseSettings } from './manifest.mts'
 import { backupSession, psql } from './postgresql.mts'
 
 export interface Snapshot {
   /** Name for `pg_dump --snapshot`. */
   id: string
   serverVersion: string
-  /** Encoding, collation and owner, as PostgreSQL calls them. */
-  settings: Record<string, string>
+  settings: DatabaseSettings
   /** Rows of each table, by "schema.table". */
   rows: Record<string, number>
   /** Names in the uploads folder that a row refers to. */
@@ -29,8 +29,12 @@ const listUploads = `SELECT ltrim(url, '/') FROM (
       WHERE provider = 'local'
   ) AS one WHERE url LIKE '/uploads/%';`
 
+// As JSON, because the column of the locale has another name in almost every version.
 const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,
-    'characters', datctype, 'owner', pg_get_userbyid(datdba)) FROM pg_database WHERE datname = current_database();`
+    'characters', datctype, 'owner', pg_get_userbyid(datdba), 'provider', coalesce(to_jsonb(d)->>'datlocprovider', 'c'),
+    'locale', coalesce(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale'),
+    'parameters', (SELECT setconfig FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole = 0))
+  FROM pg_database AS d WHERE datname = current_database();`
 
 /**
  * Opens a snapshot. It must be closed: as long as it is open, PostgreSQL keeps every row version that it can see.
@@ -58,7 +62,7 @@ export async function openSnapshot(
     return {
       id,
       serverVersion,
-      settings: JSON.parse(databaseSettings) as Record<string, string>,
+      settings: JSON.parse(databaseSettings) as DatabaseSettings,
       rows: Object.fromEntries(rows.map(([table, count]) => [table, Number(count)])),
       uploads: uploads.map((url) => url.slice('uploads/'.length)),
       schemaHash,

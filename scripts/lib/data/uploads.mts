@@ -5,6 +5,7 @@ import { join, relative } from 'node:path'
 import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
 import type { UploadLine } from './manifest.mts'
+import { ownFolder, unsafeName } from './untar.mts'
 
 export interface UploadsArchive {
   /** Adds what is new or has changed since the last pass. */
@@ -29,7 +30,8 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
     interrupted.throwIfAborted()
     const before = known.get(name)
     if (before && (await isSame(join(uploads, name), before))) return
-    const added = await archive.addFile(join(uploads, name), name)
+    const unsafe = unsafeName(name)
+    const added = unsafe ? { skipped: unsafe } : await archive.addFile(join(uploads, name), name)
     if ('skipped' in added) {
       skipped.set(name, added.skipped)
       return
@@ -48,7 +50,7 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
 
   return {
     async pass() {
-      for await (const name of filesBelow(uploads, uploads)) await add(name)
+      for await (const name of filesBelow(uploads)) await add(name)
     },
     close(referenced) {
       archive.close()
@@ -77,23 +79,25 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
 /** Bytes of all files below a folder, as they are now. */
 export async function folderBytes(folder: string): Promise<number> {
   let bytes = 0
-  for await (const name of filesBelow(folder, folder)) {
+  for await (const name of filesBelow(folder)) {
     bytes += (await stat(join(folder, name)).catch(() => undefined))?.size ?? 0
   }
   return bytes
 }
 
-/** Names relative to `top` of everything that is no folder; a folder that vanishes meanwhile has none. */
-async function* filesBelow(top: string, folder: string): AsyncGenerator<string> {
+/** Names relative to `top` of everything below it that is no folder, but for what restores keep there. */
+export async function* filesBelow(top: string, folder = top): AsyncGenerator<string> {
   const entries = await opendir(folder, { bufferSize: 512 }).catch((error: NodeJS.ErrnoException) => {
     if (folder === top) throw error
     return error.code
   })
+  // A folder that vanishes meanwhile has none.
   if (entries === 'ENOENT') return
   // A closed folder is named as what cannot be backed up.
   if (typeof entries !== 'object') return yield relative(top, folder)
   for await (const entry of entries) {
     const path = join(folder, entry.name)
+    if (folder === top && entry.name === ownFolder) continue
     if (entry.isDirectory()) yield* filesBelow(top, path)
     else yield relative(top, path)
   }

@@ -1,20 +1,17 @@
 /** Is a set what was written, and can it be read to its end? Nothing is restored. */
 import { createHash } from 'node:crypto'
-import { createReadStream } from 'node:fs'
-import { readFile, stat, statfs } from 'node:fs/promises'
+import { statfs } from 'node:fs/promises'
 import { join } from 'node:path'
-import { createInterface } from 'node:readline'
-import { Parser, type ReadEntry } from 'tar'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
-import { emptyArchive } from './archive.mts'
 import { healthyPostgresql, megabytes } from './backup.mts'
-import { readManifest, sumOf, wrongSums, type UploadLine } from './manifest.mts'
+import { readManifest, sumOf, uploadLines, wrongSums, type UploadLine } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
 import { openSnapshot } from './snapshot.mts'
+import { readArchive } from './untar.mts'
 
 /** A dump of many gigabytes takes its time. */
 const timeoutMs = 12 * 3_600_000
@@ -34,7 +31,7 @@ export async function verifySet(site: Site, name: string): Promise<string[]> {
   const reads: [string, (path: string) => Promise<unknown>][] = [
     ['database.dump', (path) => run(readDump(postgresql), { input: path, timeoutMs, signal: interrupted })],
     ['uploads.tar', (path) => readUploads(path, join(folder, 'uploads.jsonl'))],
-    ['config.tar', (path) => readTar(path, () => undefined)],
+    ['config.tar', (path) => readArchive(path, () => undefined)],
   ]
   for (const [file, read] of reads) {
     if (!(file in files)) continue
@@ -99,8 +96,7 @@ export function differentRows(wanted: Record<string, number>, found: Record<stri
 /** Names that the database refers to and the archive does not hold, but for those that the set names itself. */
 async function missingUploads(folder: string, referenced: string[], named: string[]): Promise<string[]> {
   const wanted = new Set(referenced)
-  const list = createInterface({ input: createReadStream(join(folder, 'uploads.jsonl')) })
-  for await (const line of list) wanted.delete((JSON.parse(line) as UploadLine).name)
+  for await (const { name } of uploadLines(folder)) wanted.delete(name)
   return [...wanted]
     .filter((name) => !named.some((sentence) => sentence.startsWith(`uploads/${name} `)))
     .map((name) => `uploads/${name} is referred to and not in the set`)
@@ -141,26 +137,16 @@ async function needPostgresql(site: Site): Promise<string> {
 /** The list has the same files in the same order, so its text can be made again from what the archive holds. */
 async function readUploads(tarPath: string, listPath: string): Promise<void> {
   const list = createHash('sha256')
-  await readTar(tarPath, (line) => list.update(`${JSON.stringify(line)}\n`))
+  await readArchive(tarPath, ({ name, sizeBytes }) => {
+    const hash = createHash('sha256')
+    return {
+      write: (part) => hash.update(part),
+      end() {
+        const line: UploadLine = { name, sizeBytes, sha256: hash.digest('hex') }
+        list.update(`${JSON.stringify(line)}\n`)
+      },
+    }
+  })
   if (list.digest('hex') !== (await sumOf(listPath)).sha256)
     throw new Error('it does not hold what uploads.jsonl says')
-}
-
-/** Reads an archive to its end. @throws Error at the first thing that is not right */
-async function readTar(path: string, onFile: (line: UploadLine) => void): Promise<void> {
-  // The parser takes an archive without a file for none.
-  if ((await stat(path)).size === emptyArchive.length && (await readFile(path)).equals(emptyArchive)) return
-  const parser = new Parser({ strict: true })
-  parser.on('entry', (entry: ReadEntry) => {
-    const hash = createHash('sha256')
-    entry.on('data', (part: Buffer) => hash.update(part))
-    entry.on('end', () => onFile({ name: entry.path, sizeBytes: entry.size, sha256: hash.digest('hex') }))
-  })
-  await new Promise<void>((resolve, reject) => {
-    parser.on('end', resolve)
-    parser.on('error', reject)
-    createReadStream(path, { highWaterMark: 1 << 20 })
-      .on('error', reject)
-      .pipe(parser)
-  })
 }

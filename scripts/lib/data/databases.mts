@@ -1,0 +1,145 @@
+/** The live database and those that restores have put beside it. Their names and comments are the only record. */
+import { run } from '../command.mts'
+import { query } from '../compose.mts'
+import type { Site } from '../settings.mts'
+import type { DatabaseSettings } from './manifest.mts'
+
+const prefix = 'strapi_blue_green_'
+
+/** What a dump is restored into. One that is there while no restore runs was left by a killed one. */
+export const incoming = `${prefix}incoming`
+
+export interface Databases {
+  /** Undefined when there is none of that name. */
+  live: { restoredBy: string | undefined } | undefined
+  hasIncoming: boolean
+  /** Those that a restore or an undo has replaced, oldest first. */
+  kept: KeptDatabase[]
+}
+
+export interface KeptDatabase {
+  name: string
+  /** `replaced` was live before restore `id`; `undone` is what restore `id` had brought. */
+  kind: 'replaced' | 'undone'
+  id: string
+  bytes: number
+}
+
+export const keptName = (kind: KeptDatabase['kind'], id: string) => `${prefix}${kind}_${id}`
+
+export async function readDatabases(site: Site, containerId: string): Promise<Databases> {
+  const sql = `SELECT json_build_object('name', datname, 'comment', shobj_description(oid, 'pg_database'),
+      'bytes', pg_database_size(oid))
+    FROM pg_database WHERE datname = ${literal(site.database.name)} OR starts_with(datname, '${prefix}')`
+  const rows = (await run(query(containerId, 'postgres', sql)))
+    .split('\n')
+    .filter((line) => line !== '')
+    .map((line) => JSON.parse(line) as { name: string; comment: string | null; bytes: number })
+  const live = rows.find(({ name }) => name === site.database.name)
+  return {
+    live: live && { restoredBy: /^restore (\d{8}_\d{6}) /.exec(live.comment ?? '')?.[1] },
+    hasIncoming: rows.some(({ name }) => name === incoming),
+    kept: rows
+      .flatMap(({ name, bytes }) => {
+        const [, kind, id] =
+          new RegExp(String.raw`^${prefix}(replaced|undone)_(\d{8}_\d{6})$`).exec(name) ?? []
+        return id === undefined ? [] : [{ name, kind: kind as KeptDatabase['kind'], id, bytes }]
+      })
+      .toSorted((one, other) => (one.id < other.id ? -1 : 1)),
+  }
+}
+
+/** SQL that makes an empty database as the set's was. @param settings of the set; undefined takes the server's own */
+export function createDatabase(name: string, owner: string, settings: DatabaseSettings | undefined): string {
+  const parts = [`CREATE DATABASE ${identifier(name)} OWNER ${identifier(owner)} TEMPLATE template0`]
+  if (settings?.provider !== undefined) {
+    const providers: Record<string, string> = {
+      c: 'libc',
+      i: `icu ICU_LOCALE ${literal(settings.locale ?? '')}`,
+      b: `builtin BUILTIN_LOCALE ${literal(settings.locale ?? '')}`,
+    }
+    parts.push(`ENCODING ${literal(settings.encoding)}`)
+    parts.push(`LC_COLLATE ${literal(settings.collation)} LC_CTYPE ${literal(settings.characters)}`)
+    parts.push(`LOCALE_PROVIDER ${providers[settings.provider] ?? 'libc'}`)
+  }
+  return parts.join(' ')
+}
+
+/** SQL that gives a database the parameters of another one, exactly as they were. */
+export function setParameters(name: string, parameters: string[]): string {
+  return parameters
+    .map((parameter) => {
+      const at = parameter.indexOf('=')
+      const key = identifier(parameter.slice(0, at))
+      const value = literal(parameter.slice(at + 1))
+      return `SELECT set_config(${literal(parameter.slice(0, at))}, ${value}, false); ALTER DATABASE ${identifier(name)} SET ${key} FROM CURRENT;`
+    })
+    .join('\n')
+}
+
+export interface Swap {
+  /** Name of the live database, which Strapi connects to. */
+  live: string
+  hasLive: boolean
+  /** Becomes the live one. */
+  from: string
+  /** Name that the live one gets. */
+  to: string
+  /** Of the new live one; undefined leaves the one that it has. */
+  comment: string | undefined
+}
+
+/**
+ * SQL of one transaction: all of it happens or nothing, whoever is killed. The lock is the fence: whoever connects meanwhile
+ * waits for it, and then finds the new database under the old name. (Measured with Strapi at 200 requests/s: 0 to 2 errors,
+ * where ALLOW_CONNECTIONS false, which refuses instead, cost 8 to 11.)
+ */
+export function swap({ live, hasLive, from, to, comment }: Swap): string {
+  const sql = [
+    'BEGIN',
+    "SET LOCAL lock_timeout = '5s'",
+    // A session that reads this table in a long transaction (somebody's pg_dump) would keep us, and us everybody, waiting.
+    endSessions(`datname IN (${literal(live)}, ${literal(from)}) AND pid IN (
+      SELECT pid FROM pg_locks WHERE relation = 'pg_database'::regclass AND granted)`),
+    'LOCK TABLE pg_database IN ACCESS EXCLUSIVE MODE',
+    endSessions(`datname IN (${literal(live)}, ${literal(from)})`),
+    untilGone([live, from]),
+    ...(hasLive ? [`ALTER DATABASE ${identifier(live)} RENAME TO ${identifier(to)}`] : []),
+    `ALTER DATABASE ${identifier(from)} RENAME TO ${identifier(live)}`,
+    ...(comment === undefined ? [] : [`COMMENT ON DATABASE ${identifier(live)} IS ${literal(comment)}`]),
+    'COMMIT',
+  ]
+  return `${sql.join(';\n')};`
+}
+
+/** What the swap writes on the database that it makes live. */
+export const restoredComment = (id: string, set: string) => `restore ${id} of set ${set}`
+
+function endSessions(where: string): string {
+  return `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND ${where}`
+}
+
+/** RENAME itself looks only every 100 ms. */
+function untilGone(names: string[]): string {
+  return `DO $$ DECLARE began timestamptz := clock_timestamp();
+  BEGIN
+    LOOP
+      PERFORM pg_stat_clear_snapshot();
+      EXIT WHEN NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname IN (${names.map(literal).join(', ')}));
+      IF clock_timestamp() > began + interval '5 s' THEN RAISE 'its sessions do not end'; END IF;
+      PERFORM pg_sleep(0.001);
+    END LOOP;
+  END $$`
+}
+
+export function identifier(name: string): string {
+  return `"${name.replaceAll('"', '""')}"`
+}
+
+export function literal(text: string): string {
+  return text.includes('\\') ? `E'${escaped(text)}'` : `'${escaped(text)}'`
+}
+
+function escaped(text: string): string {
+  return text.replaceAll("'", "''").replaceAll('\\', '\\\\')
+}

@@ -1,0 +1,58 @@
+/** Does a set belong on this site? Decided from what is known of both; nothing is asked or changed here. */
+import type { Manifest, Part } from './manifest.mts'
+
+/** What `--accept` takes: one word for each thing that a restore refuses. */
+export const acceptable = [
+  'damaged',
+  'incomplete',
+  'newer-postgresql',
+  'other-secrets',
+  'other-schema',
+] as const
+export type Acceptable = (typeof acceptable)[number]
+
+export interface Obstacle {
+  accept: Acceptable
+  sentence: string
+}
+
+export interface Circumstances {
+  parts: Part[]
+  /** What the sums say is wrong with the set. */
+  wrong: string[]
+  serverVersion: string
+  /** As in the manifest, of this site; undefined when the site has no settings of its application. */
+  secrets: string | undefined
+  /** Of the release that runs; undefined when none does, or nothing is known of it. */
+  schemaHash: string | undefined
+  runningRelease: string | undefined
+}
+
+/** Everything that speaks against it, at once. */
+export function obstacles(manifest: Manifest, site: Circumstances): Obstacle[] {
+  const found: Obstacle[] = site.wrong.map((sentence) => ({ accept: 'damaged', sentence }))
+  if (site.parts.includes('uploads'))
+    found.push(
+      ...manifest.missing
+        .filter((sentence) => sentence.startsWith('uploads/'))
+        .map((sentence): Obstacle => ({ accept: 'incomplete', sentence })),
+    )
+  const hasDatabase = site.parts.includes('database')
+  const from = manifest.versions.postgresql
+  if (hasDatabase && from !== undefined && Number.parseInt(from) > Number.parseInt(site.serverVersion))
+    found.push({
+      accept: 'newer-postgresql',
+      sentence: `it was dumped from PostgreSQL ${from}, and ${site.serverVersion} runs here`,
+    })
+  if (hasDatabase && site.secrets !== undefined && manifest.secrets !== site.secrets)
+    found.push({
+      accept: 'other-secrets',
+      sentence: `the secrets in strapi/.env were other ones (${manifest.secrets ? 'its config.tar has them' : 'none are known'}): API tokens and sessions of the set would not be valid`,
+    })
+  if (hasDatabase && site.schemaHash !== undefined && manifest.schemaHash !== site.schemaHash)
+    found.push({
+      accept: 'other-schema',
+      sentence: `its database schema is that of release ${manifest.release ?? 'unknown'}, and ${site.runningRelease ?? 'another one'} runs; it would have to be deployed right afterwards`,
+    })
+  return found
+}

@@ -1,0 +1,186 @@
+/** Takes a restore back, ends one that was interrupted, and removes what old ones have left. */
+import { agree } from '../agree.mts'
+import { run } from '../command.mts'
+import { query } from '../compose.mts'
+import { recordedSchema } from '../history.mts'
+import { describeFigures, startProof } from '../proof.mts'
+import { addToResult, change, exitCodes, Problem, say, step } from '../report.mts'
+import { readSchema } from '../schema.mts'
+import { asRoot, composeCommand, scriptCommand, type Site } from '../settings.mts'
+import { observe } from '../slots.mts'
+import { healthyPostgresql, megabytes } from './backup.mts'
+import { incoming, keptName, readDatabases, swap, type Databases } from './databases.mts'
+import * as exchange from './exchange.mts'
+import type { Acceptable } from './fitness.mts'
+
+/** Takes the last restore back. */
+export async function undoRestore(
+  site: Site,
+  { accept, isAgreed }: { accept: Acceptable[]; isAgreed: boolean },
+): Promise<void> {
+  needRoot(site, 'undo')
+  const postgresql = await needPostgresql(site)
+  const last = await lastRestore(site, await readDatabases(site, postgresql))
+  if (last.database !== undefined && !accept.includes('other-schema')) {
+    const sql = 'SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1'
+    const hash = await run(query(postgresql, last.database, sql)).then(
+      (answer) => answer.trim(),
+      () => undefined,
+    )
+    const { master, slave, flag } = await observe(site)
+    const { release } = flag === 'strapi-slave' ? slave : master
+    const expected = await runningSchema(site, release)
+    if (hash && expected !== undefined && hash !== expected)
+      throw new Problem(
+        exitCodes.failed,
+        `the database before restore ${last.id} has another schema than ${release ?? 'the release'}, which runs; nothing was changed`,
+        `Deploy the release that belongs to it right afterwards, and accept it: ${scriptCommand('data', site.envFile, 'undo --accept other-schema')}`,
+      )
+  }
+  const what = [last.database && 'database', last.withUploads && 'uploads'].filter(Boolean).join(', ')
+  await change(`take back restore ${last.id} (${what})`, async () => {
+    await agree(`Take back restore ${last.id} (${what})`, isAgreed)
+    const proof = await startProof(site)
+    try {
+      await step('1/1', `Take back restore ${last.id} (${what})`, () => takeBack(site, last.id, postgresql))
+    } finally {
+      const figures = await proof.stop()
+      addToResult({ undone: last.id, figures })
+      say(describeFigures(figures), 'proof', { ...figures })
+    }
+    say(`Done: what was live before restore ${last.id} is live again; what it had brought is kept.`)
+  })
+}
+
+async function lastRestore(site: Site, databases: Databases) {
+  const swapped = databases.live?.restoredBy
+  const kept = databases.kept.find(({ kind, id }) => kind === 'replaced' && id === swapped)
+  const files = (await exchange.readExchanges(site)).findLast(({ stage }) => stage === 'done')
+  const id = [kept?.id, files?.id]
+    .filter((one) => one !== undefined)
+    .toSorted()
+    .at(-1)
+  const isHalf = files !== undefined && files.id === id && files.withDatabase && kept?.id !== id
+  if (id === undefined || isHalf)
+    throw new Problem(
+      exitCodes.usage,
+      `there is no restore to take back${swapped === undefined ? '' : `: the database before restore ${swapped} is not kept any more`}`,
+      `What a restore replaces is kept for ${site.restoreKeepDays} days. An older state: ${scriptCommand('data', site.envFile, 'list')}`,
+    )
+  return { id, database: kept?.id === id ? kept.name : undefined, withUploads: files?.id === id }
+}
+
+/** May be repeated, and goes on where a killed one stopped. */
+export async function takeBack(site: Site, id: string, postgresql: string): Promise<void> {
+  const files = (await exchange.readExchanges(site)).find((one) => one.id === id && one.stage !== 'staging')
+  if (files) await exchange.putBack(site, id)
+  const { live, kept } = await readDatabases(site, postgresql)
+  const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
+  if (before && live?.restoredBy === id) {
+    const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
+    await run(query(postgresql, 'postgres', swap({ ...names, hasLive: true, comment: undefined })))
+  }
+  if (files) await exchange.takeAdded(site, id)
+}
+
+/** Ends what a killed restore or undo left: back before the swap, forward after it. @returns what was found, in words */
+export async function mendRestore(site: Site): Promise<string[]> {
+  const exchanges = (await exchange.readExchanges(site)).filter(
+    ({ stage }) => stage !== 'done' && stage !== 'undone',
+  )
+  const postgresql = await healthyPostgresql(site)
+  if (postgresql === undefined)
+    return exchanges.map(({ id }) => `restore ${id} is not finished; that has to wait for PostgreSQL`)
+  const databases = await readDatabases(site, postgresql)
+  const found: string[] = []
+  if (databases.hasIncoming) {
+    await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`))
+    found.push('a half-restored database: removed')
+  }
+  for (const { id, stage, withDatabase } of exchanges) {
+    if (stage === 'staging') {
+      await exchange.removeExchange(site, id)
+      found.push(`unpacked uploads of restore ${id}: removed`)
+    } else if (stage === 'undoing') {
+      await takeBack(site, id, postgresql)
+      found.push(`an undo of restore ${id}: finished`)
+    } else if (!withDatabase || databases.live?.restoredBy === id) {
+      await exchange.putIncoming(site, id)
+      await exchange.takeSurplus(site, id)
+      found.push(`restore ${id}: finished`)
+    } else {
+      await takeBack(site, id, postgresql)
+      await exchange.removeExchange(site, id)
+      found.push(`restore ${id}: taken back`)
+    }
+  }
+  return found
+}
+
+/** Removes what restores replaced before RESTORE_KEEP_DAYS. What is from the future stays. */
+export async function removeOldRestores(site: Site, now: Date): Promise<void> {
+  const before = idOf(new Date(now.getTime() - site.restoreKeepDays * 86_400_000))
+  const postgresql = await healthyPostgresql(site)
+  const { kept } = postgresql === undefined ? { kept: [] } : await readDatabases(site, postgresql)
+  for (const { name, id, bytes } of kept) {
+    if (id >= before || postgresql === undefined) continue
+    await change(`drop ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`, () =>
+      run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`)),
+    )
+  }
+  for (const { id } of await exchange.readExchanges(site)) {
+    if (id < before)
+      await change(`remove uploads that restore ${id} replaced: older than RESTORE_KEEP_DAYS`, () =>
+        exchange.removeExchange(site, id),
+      )
+  }
+}
+
+/** Later than all others, also when the clock went backwards: `undo` takes back the last one. */
+export async function newId(site: Site, databases: Databases): Promise<string> {
+  const used = [...databases.kept, ...(await exchange.readExchanges(site))].map(({ id }) => id)
+  const last = used.toSorted().at(-1) ?? ''
+  const now = idOf(new Date())
+  if (now > last) return now
+  const [, ...parts] = /^(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)$/.exec(last) ?? []
+  const [year = 0, month = 1, day = 1, hour = 0, minute = 0, second = 0] = parts.map(Number)
+  return idOf(new Date(Date.UTC(year, month - 1, day, hour, minute, second + 1)))
+}
+
+function idOf(date: Date): string {
+  return date.toISOString().slice(0, 19).replaceAll(/[-:]/g, '').replace('T', '_')
+}
+
+/** What the running release expects, as it was when it was deployed: a database restored since may have another one. */
+export async function runningSchema(site: Site, release: string | undefined): Promise<string | undefined> {
+  if (release === undefined) return undefined
+  return ((await recordedSchema(site, release)) ?? (await readSchema(site)))?.hash
+}
+
+/** Files get the owner that the image needs, and the dump is read as root in the container. @throws Problem (usage) */
+export function needRoot(site: Site, command: string): void {
+  if (process.getuid?.() === 0) return
+  throw new Problem(
+    exitCodes.usage,
+    `${command} has to give files to the user of the image, which only root can`,
+    asRoot(scriptCommand('data', site.envFile, command)),
+  )
+}
+
+/** @throws Problem when it does not run, or does not let us rename databases */
+export async function needPostgresql(site: Site): Promise<string> {
+  const id = await healthyPostgresql(site)
+  if (id === undefined)
+    throw new Problem(
+      exitCodes.failed,
+      'PostgreSQL does not run; nothing was changed',
+      `Start it: ${composeCommand(site, 'up -d postgresql')}`,
+    )
+  const sql = 'SELECT rolsuper FROM pg_roles WHERE rolname = current_user'
+  if ((await run(query(id, 'postgres', sql))).trim() === 't') return id
+  throw new Problem(
+    exitCodes.failed,
+    'the user postgres is no superuser of this PostgreSQL; nothing was changed',
+    'Its local socket must let it in as one: see docker/postgresql/pg_hba.conf.',
+  )
+}

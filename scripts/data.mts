@@ -8,7 +8,7 @@ import { parts as allParts, readManifest, type Manifest, type Part } from './lib
 import { alarmOf, known, retention } from './lib/data/retention.mts'
 import { restoreSet } from './lib/data/restore.mts'
 import { incomingFolder, listSets, removeSet, setFolder } from './lib/data/sets.mts'
-import { mendRestore, removeOldRestores, undoRestore } from './lib/data/undo.mts'
+import { mendRestore, removeOldRestores, undoRestore, type Mended } from './lib/data/undo.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
 import { readVerified, rememberVerified, type Verified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
@@ -133,14 +133,16 @@ function degraded(site: Site, name: string, missing: string[]): Problem {
   )
 }
 
-async function endLeftovers(site: Site): Promise<void> {
+async function endLeftovers(site: Site): Promise<Mended> {
   const left = await orphans(site.project)
   if (left.length > 0) {
     detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
     await endOrphans(site.project)
   }
   for (const found of await endBackupLeftovers(site)) detail(`an earlier run left ${found}: removed`)
-  for (const found of await mendRestore(site)) detail(`an earlier run left ${found}`)
+  const mended = await mendRestore(site)
+  for (const found of mended.found) detail(`an earlier run left ${found}`)
+  return mended
 }
 
 async function list(site: Site): Promise<void> {
@@ -210,13 +212,16 @@ async function locked(
   site: Site,
   command: string,
   waitMs: number,
-  action: () => Promise<void>,
+  action: (mended: Mended) => Promise<void>,
 ): Promise<void> {
   const lock = report.isDryRun() ? undefined : await takeLock(site.project, command, waitMs)
   try {
     markCommands(site.project)
-    await report.change('remove what an earlier run left half-made', () => endLeftovers(site))
-    await action()
+    let mended: Mended = { found: [] }
+    await report.change('mend what an earlier run left half-made', async () => {
+      mended = await endLeftovers(site)
+    })
+    await action(mended)
   } finally {
     lock?.release()
   }
@@ -245,7 +250,10 @@ async function restore(site: Site, { only, set, waitMs, accept, isAgreed }: Wish
 }
 
 async function undo(site: Site, { waitMs, accept, isAgreed }: Wish): Promise<void> {
-  await locked(site, 'undo', waitMs, () => undoRestore(site, { accept, isAgreed }))
+  await locked(site, 'undo', waitMs, async ({ undone }) => {
+    if (undone !== undefined) return say(`Done: restore ${undone} was already being taken back.`)
+    await undoRestore(site, { accept, isAgreed })
+  })
 }
 
 async function verify(site: Site, { set, deep, waitMs }: Wish): Promise<void> {

@@ -4,6 +4,8 @@ import * as act from './lib/actions.mts'
 import { runChecks } from './lib/checks.mts'
 import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
+import { pendingExchanges } from './lib/data/exchange.mts'
+import { mendRestore } from './lib/data/undo.mts'
 import { masterFailed, moveFailed, slaveFailed, type Run } from './lib/failures.mts'
 import { smoke, stillFit, untilHealthy } from './lib/health.mts'
 import { readHistory, remember, trail, type Entry } from './lib/history.mts'
@@ -107,6 +109,8 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
       schemaBefore,
       isRollback: rollback !== undefined,
     }
+    // Where only slave serves, this release has booted already.
+    if (situation.way !== 'resume' && schemaBefore) await act.backUpDatabase(site)
     switch (situation.way) {
       case 'first':
         return await startFirst(run)
@@ -244,14 +248,17 @@ async function stillFitForVisitors(run: Run, slot: SlotName): Promise<void> {
   await report.change(`see that ${slot} has run all the time`, () => stillFit(run.site, slot, run.imageId))
 }
 
-/** Ends what a killed run left behind: a build, a command. */
+/** Ends what a killed run left behind: a build, a command, a restore. */
 async function endLeftovers(site: Site): Promise<void> {
   // They may be those of a run that goes on; only who holds the lock can tell.
   if (report.isDryRun()) return
   const left = await orphans(site.project)
-  if (left.length === 0) return
-  detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
-  await endOrphans(site.project)
+  if (left.length > 0) {
+    detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
+    await endOrphans(site.project)
+  }
+  if ((await pendingExchanges(site)).length === 0) return
+  for (const found of (await mendRestore(site)).found) detail(`an earlier run left ${found}`)
 }
 
 /** What is, in one line. Waits while the only slot that could serve is booting. */

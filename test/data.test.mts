@@ -357,6 +357,41 @@ describe('a set that was damaged', () => {
   })
 })
 
+describe('a deploy', () => {
+  test('backs the database up first; a backup meanwhile is refused, or waits', async () => {
+    const before = await listSets(site)
+    const meanwhile: ReturnType<TestSite['run']>[] = []
+    const { outcome } = own.begin('deploy', [], ({ event, step }) => {
+      if (event === 'step' && step === '3/7') meanwhile.push(own.run('data'), own.run('data', '--wait', '2m'))
+    })
+    const deployed = resultOf(await mustSucceed(outcome))
+    const [refused, waited] = await Promise.all(meanwhile)
+    expect(refused?.code).toBe(4)
+    expect(refused?.stderr).toContain('another run is in progress: "deploy')
+    expect(waited?.code, waited?.stderr).toBe(0)
+    const added = (await listSets(site)).filter((name) => !before.includes(name))
+    expect(added.length).toBe(2)
+    expect(added[0]).toBe(deployed.backup)
+    expect((await readManifest(setFolder(site, added[0] ?? ''))).parts).toEqual(['database'])
+  })
+
+  test('does not go on when that fails', async () => {
+    const small = join(own.folder, 'small')
+    await mkdir(join(small, '.incoming'), { recursive: true })
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=4k', 'tmpfs', small])
+    await mkdir(join(small, '.incoming'))
+    await own.set({ BACKUP_DIR: small })
+    const before = await own.observe()
+    const outcome = await own.run('deploy')
+    await own.set({ BACKUP_DIR: site.folders.backups })
+    await run(['umount', small])
+    await rm(small, { recursive: true })
+    expect(outcome.code).toBe(1)
+    expect(outcome.stderr).toContain('the database could not be backed up, so nothing was deployed')
+    expect((await own.observe()).master).toEqual(before.master)
+  })
+})
+
 describe('old sets', () => {
   test('are named with the reason by a dry run, which removes none', async () => {
     const before = await listSets(site)
@@ -392,8 +427,8 @@ describe('old sets', () => {
     await mustSucceed(own.run('data', 'prune'))
     const after = await listSets(site)
     expect(before.length).toBeGreaterThan(10)
-    // The newest of each kind: everything, configuration alone, uploads alone.
-    expect(after.length).toBe(3)
+    // The newest of each kind: everything, and each part alone.
+    expect(after.length).toBe(4)
     expect(after.at(-1)).toBe(before.at(-1))
     expect((await readdir(alien)).length).toBe(0)
     await rm(alien, { recursive: true })

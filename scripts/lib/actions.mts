@@ -3,11 +3,24 @@ import { createWriteStream } from 'node:fs'
 import { join } from 'node:path'
 import { ask, run } from './command.mts'
 import * as compose from './compose.mts'
+import { endBackupLeftovers, makeBackup } from './data/backup.mts'
+import { rememberVerified } from './data/verified.mts'
 import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
 import { makeStateDir } from './history.mts'
 import type { Proof } from './proof.mts'
-import { alive, change, detail, interrupted, pause, warn } from './report.mts'
+import {
+  addToResult,
+  alive,
+  change,
+  detail,
+  exitCodes,
+  explain,
+  interrupted,
+  pause,
+  Problem,
+  warn,
+} from './report.mts'
 import type { Site, SlotName } from './settings.mts'
 import { describeRepair, type Repair } from './state.mts'
 import * as traffic from './traffic.mts'
@@ -44,6 +57,28 @@ export async function build(site: Site, release: string): Promise<void> {
       )
     } finally {
       log.end()
+    }
+  })
+}
+
+/** A release that boots may change the schema, and drop what its code no longer has. @throws Problem (failed) */
+export async function backUpDatabase(site: Site): Promise<void> {
+  if (!site.backupBeforeDeploy) return
+  await change(`back up the database to ${site.folders.backups}`, async () => {
+    try {
+      await endBackupLeftovers(site).catch((error: unknown) => warn(explain(error)))
+      const { name } = await makeBackup(site, ['database'])
+      await rememberVerified(site, { set: name, deep: false, wrong: [] })
+      addToResult({ backup: name })
+      detail(`the database before it is in ${name}`)
+    } catch (error) {
+      interrupted.throwIfAborted()
+      throw new Problem(
+        exitCodes.failed,
+        'the database could not be backed up, so nothing was deployed; visitors are served as before',
+        `To deploy without: BACKUP_BEFORE_DEPLOY=off in ${site.envFile}`,
+        error,
+      )
     }
   })
 }

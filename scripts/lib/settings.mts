@@ -42,6 +42,7 @@ export interface Site {
   health: { intervalMs: number; timeoutMs: number; smokePaths: string[] }
   drainTimeoutMs: number
   keepReleases: number
+  backupBeforeDeploy: boolean
   /** Backup sets that stay, by the newest of so many days, weeks and months. */
   keepSets: { daily: number; weekly: number; monthly: number }
   /** How long a restore keeps what it replaced. */
@@ -212,6 +213,10 @@ export function problemsOf(values: Record<string, string>): string[] {
       .every((path) => path === '' || path.startsWith('/')),
     'SMOKE_PATHS must each start with /',
   )
+  check(
+    /^(on|off)$/.test(value('BACKUP_BEFORE_DEPLOY')),
+    `BACKUP_BEFORE_DEPLOY is neither on nor off: "${value('BACKUP_BEFORE_DEPLOY')}"`,
+  )
   for (const key of ['UPLOADS_VOLUME', 'TRAFFIC_DIR', 'BACKUP_DIR', 'POSTGRES_VOLUME', 'ACCESS_LOG']) {
     check(
       /^[\w@%+,./-]*$/.test(value(key)),
@@ -269,6 +274,7 @@ function siteOf(envFile: string, values: Record<string, string>): Site {
     },
     drainTimeoutMs: Number(value('DRAIN_TIMEOUT')) * 1000,
     keepReleases: Number(value('KEEP_RELEASES')),
+    backupBeforeDeploy: value('BACKUP_BEFORE_DEPLOY') === 'on',
     keepSets: {
       daily: Number(value('KEEP_DAILY')),
       weekly: Number(value('KEEP_WEEKLY')),

@@ -1,6 +1,6 @@
 /**
  * The uploads of a set take the place of the live ones, file by file, and can go back. Nothing is deleted: what leaves the
- * uploads folder goes to a folder inside it (renames need one disk) that nobody but root can enter.
+ * uploads folder goes to folders inside it (renames need one disk) that nobody but root can enter.
  *
  * How far an exchange has come is the name of its plan: planned, done, undoing, undone. Every step may be repeated.
  */
@@ -32,8 +32,6 @@ export type Stage = 'staging' | (typeof stages)[number]
 export interface Exchange {
   id: string
   stage: Stage
-  /** Whether the database was restored with it: then its swap decides which way an interrupted one goes. */
-  withDatabase: boolean
 }
 
 interface PlanLine {
@@ -82,9 +80,9 @@ export async function stage(
   tarPath: string,
 ): Promise<void> {
   const folder = folderOf(site, exchange.id)
-  await mkdir(dirname(folder), { recursive: true, mode: 0o700 })
-  await mkdir(folder, { mode: 0o700 })
-  for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name))
+  // Anybody may see that there is one, nobody but root what is in it.
+  await mkdir(folder, { recursive: true, mode: 0o755 })
+  for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name), { mode: 0o700 })
   const needed = new Map([...plan.added, ...plan.changed])
   const folders = new Set(['.', ...[...needed.keys()].map(dirname)])
   for (const one of folders) await mkdir(join(folder, 'incoming', one), { recursive: true })
@@ -168,13 +166,17 @@ export async function readExchanges(site: Site): Promise<Exchange[]> {
     throw error
   })
   const ids = names.filter((name) => /^\d{8}_\d{6}$/.test(name)).toSorted()
-  return await Promise.all(
-    ids.map(async (id) => {
-      const at = await stageOf(site, id)
-      const withDatabase = (await planText(site, id)).startsWith('{"withDatabase":true}')
-      return { id, stage: at, withDatabase }
-    }),
-  )
+  return await Promise.all(ids.map(async (id) => ({ id, stage: await stageOf(site, id) })))
+}
+
+/** Those that a killed run left under way. */
+export async function pendingExchanges(site: Site): Promise<Exchange[]> {
+  return (await readExchanges(site)).filter(({ stage: at }) => at !== 'done' && at !== 'undone')
+}
+
+/** Whether the database was restored with it: then its swap decides which way an interrupted one goes. */
+export async function isWithDatabase(site: Site, id: string): Promise<boolean> {
+  return (await planText(site, id)).startsWith('{"withDatabase":true}')
 }
 
 /** Removes what an exchange keeps. */

@@ -314,9 +314,9 @@ async function notRestored(job: Job, error: unknown): Promise<unknown> {
   const { site } = job
   const mended = await mendRestore(site).catch((failure: unknown) => {
     warn(`what is left is mended by the next run: ${explain(failure)}`)
-    return []
+    return { found: [] }
   })
-  for (const line of mended) detail(line)
+  for (const line of mended.found) detail(line)
   if (error instanceof Problem && error.code === exitCodes.failed) return error
   const isLive = await readDatabases(site, job.postgresql).then(
     ({ live }) => live?.restoredBy === job.id,

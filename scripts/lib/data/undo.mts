@@ -60,7 +60,11 @@ async function lastRestore(site: Site, databases: Databases) {
     .filter((one) => one !== undefined)
     .toSorted()
     .at(-1)
-  const isHalf = files !== undefined && files.id === id && files.withDatabase && kept?.id !== id
+  const isHalf =
+    files !== undefined &&
+    files.id === id &&
+    kept?.id !== id &&
+    (await exchange.isWithDatabase(site, files.id))
   if (id === undefined || isHalf)
     throw new Problem(
       exitCodes.usage,
@@ -83,28 +87,37 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
   if (files) await exchange.takeAdded(site, id)
 }
 
-/** Ends what a killed restore or undo left: back before the swap, forward after it. @returns what was found, in words */
-export async function mendRestore(site: Site): Promise<string[]> {
-  const exchanges = (await exchange.readExchanges(site)).filter(
-    ({ stage }) => stage !== 'done' && stage !== 'undone',
-  )
+export interface Mended {
+  /** In words. */
+  found: string[]
+  /** Restore of which an undo was finished: who repeats it means this one, not the one before. */
+  undone?: string
+}
+
+/** Ends what a killed restore or undo left: back before the swap, forward after it. */
+export async function mendRestore(site: Site): Promise<Mended> {
+  const exchanges = await exchange.pendingExchanges(site)
   const postgresql = await healthyPostgresql(site)
   if (postgresql === undefined)
-    return exchanges.map(({ id }) => `restore ${id} is not finished; that has to wait for PostgreSQL`)
+    return {
+      found: exchanges.map(({ id }) => `restore ${id} unfinished; that has to wait for PostgreSQL`),
+    }
   const databases = await readDatabases(site, postgresql)
   const found: string[] = []
+  let undone: string | undefined
   if (databases.hasIncoming) {
     await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`))
     found.push('a half-restored database: removed')
   }
-  for (const { id, stage, withDatabase } of exchanges) {
+  for (const { id, stage } of exchanges) {
     if (stage === 'staging') {
       await exchange.removeExchange(site, id)
       found.push(`unpacked uploads of restore ${id}: removed`)
     } else if (stage === 'undoing') {
       await takeBack(site, id, postgresql)
+      undone = id
       found.push(`an undo of restore ${id}: finished`)
-    } else if (!withDatabase || databases.live?.restoredBy === id) {
+    } else if (!(await exchange.isWithDatabase(site, id)) || databases.live?.restoredBy === id) {
       await exchange.putIncoming(site, id)
       await exchange.takeSurplus(site, id)
       found.push(`restore ${id}: finished`)
@@ -114,7 +127,7 @@ export async function mendRestore(site: Site): Promise<string[]> {
       found.push(`restore ${id}: taken back`)
     }
   }
-  return found
+  return { found, ...(undone === undefined ? {} : { undone }) }
 }
 
 /** Removes what restores replaced before RESTORE_KEEP_DAYS. What is from the future stays. */

@@ -1,0 +1,282 @@
+/** What backup and restore cost, each beside the plain command that does the same, on data that this makes. */
+import { randomBytes } from 'node:crypto'
+import { existsSync } from 'node:fs'
+import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { spawn } from 'node:child_process'
+import { loadavg, tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { parseArgs } from 'node:util'
+import { baseImages } from '../example/images.mts'
+import { startLoad } from '../example/load.mts'
+import { removeOwnSite, writeOwnSite, type OwnSite } from '../example/site.mts'
+import { run } from '../scripts/lib/command.mts'
+import { query } from '../scripts/lib/compose.mts'
+import { healthyPostgresql } from '../scripts/lib/data/backup.mts'
+import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
+import { archiveUploads } from '../scripts/lib/data/uploads.mts'
+import * as report from '../scripts/lib/report.mts'
+import { say, step } from '../scripts/lib/report.mts'
+import { loadSite, projectRoot, type Site } from '../scripts/lib/settings.mts'
+
+const usage = `
+Measures backup and restore of the example site on this machine, beside tar, pg_dump and pg_restore: about fifteen minutes.
+
+  npm run bench:data   ports 18160 to 18164 must be free; needs 8 GB; removes all that it made`
+
+const rounds = 3
+const files = { count: 12_000, bytes: 1_000_000_000 / 12_000 }
+const databaseBytes = 500_000_000
+const hour = { timeoutMs: 3_600_000 }
+
+await report.main(async () => {
+  const { values: options } = parseArgs({
+    args: report.scriptArguments(),
+    options: { help: { type: 'boolean', short: 'h' } },
+  })
+  if (options.help) return say(usage.trim())
+  const own = await newSite()
+  try {
+    await step('1/6', 'Deploy the example, make uploads and rows', async () => {
+      await script(own, 'setup')
+      await script(own, 'deploy')
+    })
+    const site = await loadSite(own.envFile)
+    const container = (await healthyPostgresql(site)) ?? ''
+    await makeRows(site, container)
+    await makeFiles(site, 0, files.count, files.bytes)
+    const archives = await step('2/6', `Archive the uploads, ${rounds} rounds`, () => measureArchives(site))
+    const dumps = await step('3/6', `Dump the database, ${rounds} rounds`, () =>
+      measureDumps(own, site, container),
+    )
+    const restores = await step('4/6', `Restore the database, ${rounds} rounds`, () =>
+      measureRestores(own, site, container),
+    )
+    const gaps = await step('5/6', `Restore and undo under 200 reads a second, ${rounds} rounds`, () =>
+      measureGaps(own),
+    )
+    const memory = await step('6/6', 'Watch the memory', () => measureMemory(own, site))
+    print({ archives, dumps, restores, gaps, memory })
+  } finally {
+    await removeOwnSite(own)
+  }
+})
+
+async function newSite(): Promise<OwnSite> {
+  const folder = join(tmpdir(), 'bob-bench-data')
+  const application = join(projectRoot, 'example/strapi')
+  const { settings } = await baseImages()
+  const place = { folder, project: 'bob-bench-data', port: 18_160, application, settings }
+  // What a killed run left behind.
+  if (existsSync(folder)) await removeOwnSite(await writeOwnSite(place))
+  return await writeOwnSite(place)
+}
+
+/** Rows that do not compress: a fifth in an indexed column of their own. */
+async function makeRows(site: Site, container: string): Promise<void> {
+  const bytes = 1000
+  const noise = `(SELECT string_agg(encode(sha512((n::text || ':' || k || random())::bytea), 'base64'), '') FROM generate_series(1, 11) AS k)`
+  const sql = `CREATE TABLE ballast AS SELECT n AS id, md5(random()::text) AS token, ${noise} AS body
+    FROM generate_series(1, ${Math.round(databaseBytes / (1.15 * bytes))}) AS n;
+    ALTER TABLE ballast ADD PRIMARY KEY (id); CREATE INDEX ON ballast (token); ALTER TABLE ballast OWNER TO "${site.database.user}"`
+  await run(query(container, site.database.name, sql), hour)
+}
+
+async function makeFiles(site: Site, from: number, to: number, bytes: number): Promise<void> {
+  await mkdir(site.folders.uploads, { recursive: true })
+  for (let number = from; number < to; number += 1)
+    await writeFile(join(site.folders.uploads, `picture_${number}.jpg`), randomBytes(Math.round(bytes)))
+}
+
+interface Times {
+  ours: number[]
+  plain: number[]
+  other?: number[]
+}
+
+async function timed(action: () => Promise<unknown>): Promise<number> {
+  const startedAt = performance.now()
+  await action()
+  return performance.now() - startedAt
+}
+
+async function measureArchives(site: Site): Promise<Times> {
+  const folder = join(site.folders.backups, 'bench')
+  const times = { ours: [] as number[], plain: [] as number[], other: [] as number[] }
+  for (let round = 0; round < rounds; round += 1) {
+    await mkdir(folder)
+    const tar = (options: string, name: string) => () =>
+      run(['tar', options, join(folder, name), '-C', site.folders.uploads, '.'], hour)
+    times.plain.push(await timed(tar('-cf', 'plain.tar')))
+    times.ours.push(
+      await timed(async () => {
+        const archive = archiveUploads(
+          site.folders.uploads,
+          join(folder, 'uploads.tar'),
+          join(folder, 'uploads.jsonl'),
+        )
+        await archive.pass()
+        await archive.pass()
+        archive.close([])
+      }),
+    )
+    times.other.push(await timed(tar('-czf', 'plain.tar.gz')))
+    await rm(folder, { recursive: true })
+  }
+  return times
+}
+
+async function measureDumps(own: OwnSite, site: Site, container: string): Promise<Times> {
+  const times: Times = { ours: [], plain: [] }
+  const dump = [
+    'docker',
+    'exec',
+    '--user=postgres',
+    container,
+    'pg_dump',
+    '--format=custom',
+    '--compress=zstd',
+  ]
+  for (let round = 0; round < rounds; round += 1) {
+    times.plain.push(
+      await timed(() => run([...dump, '--file=/backup/bench.dump', '--dbname', site.database.name], hour)),
+    )
+    times.ours.push(await timed(() => script(own, 'data', 'backup', '--only', 'database')))
+    await run(['docker', 'exec', container, 'rm', '/backup/bench.dump'])
+  }
+  return times
+}
+
+async function measureRestores(own: OwnSite, site: Site, container: string): Promise<Times> {
+  const times: Times = { ours: [], plain: [] }
+  const set = (await listSets(site)).at(-1) ?? ''
+  await run(['docker', 'cp', join(setFolder(site, set), 'database.dump'), `${container}:/tmp/bench.dump`])
+  await run(['docker', 'exec', container, 'chmod', '644', '/tmp/bench.dump'])
+  const sql = (text: string) => run(query(container, 'postgres', text), hour)
+  for (let round = 0; round < rounds; round += 1) {
+    times.plain.push(
+      await timed(async () => {
+        await sql(`CREATE DATABASE bench OWNER "${site.database.user}" TEMPLATE template0`)
+        await run(
+          [
+            'docker',
+            'exec',
+            '--user=postgres',
+            container,
+            'pg_restore',
+            '-j2',
+            '--dbname=bench',
+            '/tmp/bench.dump',
+          ],
+          hour,
+        )
+      }),
+    )
+    await sql('DROP DATABASE bench')
+    times.ours.push(await timed(() => script(own, 'data', 'restore', set, '--only', 'database', '--yes')))
+    await script(own, 'data', 'undo', '--yes')
+    await dropKept(container)
+  }
+  return times
+}
+
+async function dropKept(container: string): Promise<void> {
+  const names = await run(
+    query(container, 'postgres', "SELECT datname FROM pg_database WHERE datname LIKE '%_undone_%'"),
+  )
+  for (const name of names.trim().split('\n'))
+    await run(query(container, 'postgres', `DROP DATABASE "${name}"`))
+}
+
+interface Gaps {
+  restoreMs: number[]
+  undoMs: number[]
+  failed: number
+  sent: number
+}
+
+async function measureGaps(own: OwnSite): Promise<Gaps> {
+  const gaps: Gaps = { restoreMs: [], undoMs: [], failed: 0, sent: 0 }
+  await script(own, 'data', 'backup', '--only', 'database')
+  for (let round = 0; round < rounds; round += 1) {
+    for (const [command, into] of [
+      [['restore', '--only', 'database', '--yes'], gaps.restoreMs],
+      [['undo', '--yes'], gaps.undoMs],
+    ] as const) {
+      const load = startLoad({ url: own.url, getsPerSecond: 200, postsPerSecond: 0 })
+      await sleep(1000)
+      await script(own, 'data', ...command)
+      await sleep(1000)
+      const { longestGapMs, sent, lost } = await load.stop()
+      into.push(longestGapMs)
+      gaps.sent += sent
+      gaps.failed += lost.length
+    }
+  }
+  return gaps
+}
+
+async function measureMemory(own: OwnSite, site: Site): Promise<{ few: number[]; many: number[] }> {
+  const few: number[] = []
+  const many: number[] = []
+  for (let round = 0; round < rounds; round += 1) few.push(await peakMemory(own))
+  await makeFiles(site, files.count, 10 * files.count, 1000)
+  for (let round = 0; round < rounds; round += 1) many.push(await peakMemory(own))
+  return { few, many }
+}
+
+/** @returns peak of the resident memory of a backup of everything, in bytes */
+async function peakMemory(own: OwnSite): Promise<number> {
+  const argv = [join(projectRoot, 'scripts/data.mts'), '--env-file', own.envFile]
+  const child = spawn(process.execPath, argv, { stdio: 'ignore' })
+  const ended = new Promise<number | null>((resolve) => child.on('close', resolve))
+  let peak = 0
+  const timer = setInterval(() => {
+    void readFile(`/proc/${child.pid}/status`, 'utf8').then(
+      (text) => (peak = Math.max(peak, 1024 * Number(/VmHWM:\s*(\d+)/.exec(text)?.[1] ?? 0))),
+      () => undefined,
+    )
+  }, 20)
+  const code = await ended
+  clearInterval(timer)
+  if (code !== 0) throw new Error(`the backup ended with exit code ${code}`)
+  return peak
+}
+
+async function script(own: OwnSite, name: string, ...options: string[]): Promise<void> {
+  const argv = [
+    process.execPath,
+    join(projectRoot, `scripts/${name}.mts`),
+    ...options,
+    '--env-file',
+    own.envFile,
+  ]
+  await run(argv, hour)
+}
+
+interface Results {
+  archives: Times
+  dumps: Times
+  restores: Times
+  gaps: Gaps
+  memory: { few: number[]; many: number[] }
+}
+
+function print({ archives, dumps, restores, gaps, memory }: Results): void {
+  const seconds = (times: number[]) => `${(median(times) / 1000).toFixed(1)} s`
+  const ratio = (one: number[], other: number[]) => (median(one) / median(other)).toFixed(2)
+  const mega = (bytes: number[]) => `${(median(bytes) / 1e6).toFixed(0)} MB`
+  const lines = [
+    `medians of ${rounds}, load of this machine at the end ${loadavg()[0]?.toFixed(1)}`,
+    `uploads archive with all sums   ${seconds(archives.ours)}   ${ratio(archives.ours, archives.plain)} x tar -cf (${seconds(archives.plain)})   tar -czf takes ${ratio(archives.other ?? [], archives.ours)} x (${seconds(archives.other ?? [])})`,
+    `backup of the database          ${seconds(dumps.ours)}   ${ratio(dumps.ours, dumps.plain)} x pg_dump (${seconds(dumps.plain)})`,
+    `restore of the database         ${seconds(restores.ours)}   ${ratio(restores.ours, restores.plain)} x pg_restore -j2 (${seconds(restores.plain)})`,
+    `longest gap, restore            ${Math.round(median(gaps.restoreMs))} ms, undo ${Math.round(median(gaps.undoMs))} ms; ${gaps.failed} of ${gaps.sent} requests failed in ${2 * rounds} swaps`,
+    `peak memory                     ${mega(memory.few)}, with ten times as many files ${mega(memory.many)} (${ratio(memory.many, memory.few)})`,
+  ]
+  say(lines.join('\n'))
+}
+
+function median(values: number[]): number {
+  return values.toSorted((one, other) => one - other)[Math.floor(values.length / 2)] ?? Number.NaN
+}

@@ -1,0 +1,372 @@
+/** What was backed up comes back, row by row and byte by byte, while visitors are served; and it can be taken back. */
+import { createHash, randomBytes } from 'node:crypto'
+import { cp, mkdir, readdir, readFile, rm, stat, unlink, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
+import { startLoad } from '../example/load.mts'
+import { orphans, run } from '../scripts/lib/command.mts'
+import { query } from '../scripts/lib/compose.mts'
+import * as engine from '../scripts/lib/engine.mts'
+import { createArchive } from '../scripts/lib/data/archive.mts'
+import { readManifest, sumOf, writeManifest, type Manifest } from '../scripts/lib/data/manifest.mts'
+import { setFolder } from '../scripts/lib/data/sets.mts'
+import { ownFolder } from '../scripts/lib/data/untar.mts'
+import { filesBelow } from '../scripts/lib/data/uploads.mts'
+import { loadSite, type Site } from '../scripts/lib/settings.mts'
+import { logIn, registerAdmin, seePicture } from './admin.mts'
+import { mustSucceed, resultOf, strapiSite, type TestSite } from './harness.mts'
+
+let own: TestSite
+let site: Site
+let apiToken = ''
+let picture = { name: '', url: '' }
+/** The set that the tests restore, and what was live when it was made. */
+let set = ''
+let saved: State
+
+beforeAll(async () => {
+  own = await strapiSite(18_340)
+  await mustSucceed(own.run('deploy'))
+  site = await loadSite(own.envFile)
+  const admin = await registerAdmin(own.url)
+  picture = await admin.upload('favicon.png', await readFile(join(site.source, 'favicon.png')))
+  apiToken = await admin.createApiToken()
+  for (let number = 0; number < 200; number += 1)
+    await writeFile(join(site.folders.uploads, `picture_${number}.png`), randomBytes(20_000))
+  await mkdir(join(site.folders.uploads, 'folder'))
+  await writeFile(join(site.folders.uploads, 'folder/inside.png'), randomBytes(1000))
+  await sql("INSERT INTO pings (token) SELECT 'token-' || n FROM generate_series(1, 500) AS n")
+  set = await makeSet()
+  saved = await state()
+})
+afterAll(() => own.remove())
+
+async function postgresql(): Promise<string> {
+  const [found] = await engine.serviceContainers(own.project, 'postgresql')
+  return found?.Id ?? ''
+}
+
+async function sql(text: string, database = site.database.name): Promise<string> {
+  return (await run(query(await postgresql(), database, text))).trim()
+}
+
+async function makeSet(...options: string[]): Promise<string> {
+  return String(resultOf(await mustSucceed(own.begin('data', ['backup', ...options]).outcome)).set)
+}
+
+interface State {
+  /** Count and digest of all rows, by table. */
+  rows: Record<string, string>
+  /** SHA-256 by name. */
+  uploads: Record<string, string>
+}
+
+/** Every row and every byte that is live. */
+async function state(): Promise<State> {
+  const tables = (await sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")).split(
+    '\n',
+  )
+  const questions = tables.map(
+    (table) =>
+      `SELECT '${table}', count(*) || ' ' || coalesce(md5(string_agg(t::text, ',' ORDER BY t::text)), '-') FROM "${table}" AS t`,
+  )
+  const rows = (await sql(questions.join(' UNION ALL '))).split('\n').map((line) => line.split('|'))
+  const uploads: Record<string, string> = {}
+  for await (const name of filesBelow(site.folders.uploads)) {
+    const content = await readFile(join(site.folders.uploads, name))
+    uploads[name] = createHash('sha256').update(content).digest('hex')
+  }
+  return { rows: Object.fromEntries(rows), uploads }
+}
+
+/** Rows and files are lost, changed and added, admin and picture among them. @returns what is live now */
+async function spoil(): Promise<State> {
+  await sql(`DELETE FROM pings WHERE id % 2 = 0; UPDATE pings SET token = 'changed' WHERE id % 5 = 0;
+    INSERT INTO pings (token) VALUES ('after'); DELETE FROM admin_users; DELETE FROM files; DELETE FROM strapi_api_tokens`)
+  const uploads = site.folders.uploads
+  for (const name of [picture.url.replace('/uploads/', ''), 'picture_1.png', 'folder/inside.png'])
+    await rm(join(uploads, name), { force: true })
+  await rm(join(uploads, 'folder'), { recursive: true, force: true })
+  await writeFile(join(uploads, 'picture_2.png'), randomBytes(20_000))
+  await writeFile(join(uploads, 'picture_3.png'), 'cut')
+  await writeFile(join(uploads, `after_${randomBytes(4).toString('hex')}.png`), randomBytes(3000))
+  return await state()
+}
+
+async function expectNothingHalfMade(): Promise<void> {
+  expect(await sql("SELECT datname FROM pg_database WHERE datname LIKE '%incoming%'", 'postgres')).toBe('')
+  expect(await readdir(join(site.folders.backups, '.incoming'))).toEqual([])
+  expect(await orphans(own.project)).toEqual([])
+  const kept = join(site.folders.uploads, ownFolder)
+  for (const id of await readdir(kept).catch(() => [])) {
+    const [plan] = (await readdir(join(kept, id))).filter((name) => name.startsWith('plan'))
+    expect(['plan.done', 'plan.undone']).toContain(plan)
+  }
+}
+
+/** Whether visitors get what needs the database. */
+async function expectServed(): Promise<void> {
+  for (const path of ['/admin/init', '/api/pings'])
+    expect((await fetch(`${own.url}${path}`)).status).toBe(200)
+}
+
+describe('a restore', () => {
+  test('brings every row and every byte back while Strapi runs; undo takes that back', async () => {
+    const spoilt = await spoil()
+    const before = await own.observe()
+    await expect(logIn(own.url)).rejects.toThrow()
+    const { stdout } = await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    expect(stdout).toMatch(/uploads: 3 come back, 2 get other bytes, 1 are taken out and kept/)
+    expect(stdout).toContain(`Done: ${set} is live`)
+    expect(await state()).toEqual(saved)
+    expect((await own.observe()).master.startedAt).toBe(before.master.startedAt)
+    for (const name of ['picture_1.png', 'picture_2.png', 'folder', 'folder/inside.png'])
+      expect((await stat(join(site.folders.uploads, name))).uid, name).toBe(1000)
+
+    await logIn(own.url)
+    const answer = await fetch(`${own.url}/api/pings`, { headers: { authorization: `Bearer ${apiToken}` } })
+    expect(answer.status).toBe(200)
+    expect(await seePicture(own.url, picture.url.split('/').at(-1) ?? '')).toBeGreaterThan(0)
+
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+    expect(await state()).toEqual(spoilt)
+    await expectServed()
+    await expectNothingHalfMade()
+    const again = await own.run('data', 'undo', '--yes')
+    expect(again.code).toBe(2)
+    expect(again.stderr).toContain('no restore to take back')
+  })
+
+  test('and its undo are hardly seen by 200 visitors a second who read the database', async () => {
+    const load = startLoad({ url: own.url, getsPerSecond: 200, postsPerSecond: 0 })
+    await sleep(1000)
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    await sleep(500)
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+    await sleep(500)
+    const { sent, ok, lost, longestGapMs } = await load.stop()
+    // On a busy machine; what it is on a quiet one, `npm run bench:data` says.
+    expect(longestGapMs).toBeLessThan(1000)
+    expect(ok).toBeGreaterThan(400)
+    // What was asking the database at the two moments of the swaps.
+    expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThan(sent / 50)
+    expect(lost.every(({ why }) => why.includes('500'))).toBe(true)
+  })
+
+  test('of uploads alone leaves the database as it is', async () => {
+    const spoilt = await spoil()
+    await mustSucceed(own.run('data', 'restore', set, '--only', 'uploads', '--yes'))
+    expect(await state()).toEqual({ rows: spoilt.rows, uploads: saved.uploads })
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+    expect(await state()).toEqual(spoilt)
+  })
+
+  test('works when the live database is gone', async () => {
+    await sql(`DROP DATABASE "${site.database.name}" WITH (FORCE)`, 'postgres')
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    expect(await state()).toEqual(saved)
+    await expectServed()
+    await expectNothingHalfMade()
+  })
+
+  test('that Strapi cannot serve is taken back by itself', async () => {
+    const current = await state()
+    await sql('ALTER TABLE admin_users RENAME TO lost')
+    const bad = await makeSet()
+    await sql('ALTER TABLE lost RENAME TO admin_users')
+    await rm(join(site.folders.uploads, 'picture_1.png'))
+    const outcome = await own.run('data', 'restore', bad, '--yes')
+    expect(outcome.code).toBe(1)
+    expect(outcome.stderr).toContain('it was taken back: visitors are served as before')
+    const { ['picture_1.png']: lost, ...uploads } = current.uploads
+    expect(lost).toBeDefined()
+    expect(await state()).toEqual({ rows: current.rows, uploads })
+    await expectServed()
+    await expectNothingHalfMade()
+  })
+
+  test('asks first, and without a terminal wants --yes', async () => {
+    const current = await state()
+    const outcome = await own.run('data', 'restore', set)
+    expect(outcome.code).toBe(2)
+    expect(outcome.stderr).toContain('--yes')
+    expect(await state()).toEqual(current)
+  })
+
+  test('says in a dry run what it would do', async () => {
+    const current = await spoil()
+    const { stdout } = await mustSucceed(own.run('data', 'restore', set, '--dry-run'))
+    expect(stdout).toMatch(/3 come back, 2 get other bytes/)
+    expect(stdout).toContain('Nothing was changed')
+    expect(await state()).toEqual(current)
+  })
+})
+
+describe('a set that does not fit', () => {
+  let copy = ''
+  beforeEach(async () => {
+    copy = '20200101-000000'
+    await rm(setFolder(site, copy), { recursive: true, force: true })
+    await cp(setFolder(site, set), setFolder(site, copy), { recursive: true })
+    await run(['chmod', '-R', 'u+w', setFolder(site, copy)])
+  })
+
+  async function refused(...options: string[]): Promise<string> {
+    const current = await state()
+    const outcome = await own.run('data', 'restore', copy, '--yes', ...options)
+    expect(outcome.code, outcome.stdout).toBe(1)
+    expect(await state()).toEqual(current)
+    await expectNothingHalfMade()
+    return outcome.stderr
+  }
+
+  async function change(fields: (manifest: Manifest) => Partial<Manifest>): Promise<void> {
+    const manifest = await readManifest(setFolder(site, copy))
+    await writeManifest(setFolder(site, copy), { ...manifest, ...fields(manifest) })
+  }
+
+  test.each([
+    'database.dump',
+    'roles.sql',
+    'uploads.tar',
+    'uploads.jsonl',
+    'config.tar',
+    'manifest.json',
+    'SHA256SUMS',
+    'RECOVERY.md',
+  ])('because %s has one other bit is refused before anything is touched', async (file) => {
+    const path = join(setFolder(site, copy), file)
+    const content = await readFile(path)
+    const at = Math.floor(content.length / 2)
+    content[at] = (content[at] ?? 0) ^ 1
+    await writeFile(path, content)
+    expect(await refused()).toMatch(/nothing was changed/)
+  })
+
+  test.each<[string, string, (manifest: Manifest) => Partial<Manifest>]>([
+    ['other-secrets', 'strapi/.env', () => ({ secrets: 'others' })],
+    [
+      'newer-postgresql',
+      'PostgreSQL 99.1',
+      ({ versions }) => ({ versions: { ...versions, postgresql: '99.1' } }),
+    ],
+    ['other-schema', 'would have to be deployed right afterwards', () => ({ schemaHash: 'other' })],
+    ['incomplete', 'uploads/a.png is not there', () => ({ missing: ['uploads/a.png is not there'] })],
+  ])('names --accept %s, which accepts it', async (word, says, fields) => {
+    await change(fields)
+    const said = await refused()
+    expect(said).toContain(says)
+    expect(said).toContain(`--accept ${word}`)
+    await mustSucceed(own.run('data', 'restore', copy, '--yes', '--accept', word))
+    expect(await state()).toEqual(saved)
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+  })
+
+  test('because it is of an unknown format is refused', async () => {
+    await change(() => ({ format: 99 }))
+    expect(await refused()).toContain('is of format 99')
+  })
+
+  test('because its dump holds other rows than its manifest is not made live', async () => {
+    await change(({ database }) => ({
+      database: database && { ...database, rows: { ...database.rows, 'public.pings': 501 } },
+    }))
+    expect(await refused()).toContain('public.pings has 500 rows instead of 501')
+  })
+
+  test.each([
+    ['../outside.png', 'leads out of its folder'],
+    ['/etc/outside.png', 'leads out of its folder'],
+    [`${ownFolder}/plan`, 'has the name of a folder of this program'],
+    ['two\nlines.png', 'has a control character in its name'],
+  ])('because somebody wrote %j into its archive, with the right sums, is refused', async (name, says) => {
+    const folder = setFolder(site, copy)
+    const tar = join(folder, 'uploads.tar')
+    await unlink(tar)
+    const archive = createArchive(tar)
+    const added = await archive.addFile(join(folder, 'RECOVERY.md'), name)
+    archive.close()
+    if ('skipped' in added) throw new Error(added.skipped)
+    await writeFile(
+      join(folder, 'uploads.jsonl'),
+      `${JSON.stringify({ name, sizeBytes: added.sizeBytes, sha256: added.sha256 })}\n`,
+    )
+    const sums = {
+      'uploads.tar': await sumOf(tar),
+      'uploads.jsonl': await sumOf(join(folder, 'uploads.jsonl')),
+    }
+    await change(({ files }) => ({ files: { ...files, ...sums } }))
+    expect(await refused()).toContain(says)
+  })
+})
+
+describe('killed with -9', () => {
+  async function killed(
+    command: string[],
+    step: string,
+    when: 'step' | 'step-done',
+    delayMs = 0,
+  ): Promise<void> {
+    let wasReached = false
+    const { outcome } = own.begin('data', command, (event, child) => {
+      if (event.event !== when || event.step !== step || wasReached) return
+      wasReached = true
+      setTimeout(() => child.kill('SIGKILL'), delayMs)
+    })
+    await outcome
+    expect(wasReached, `${when} ${step}`).toBe(true)
+  }
+
+  test.each([
+    ['1/6', 'step', 0],
+    ['2/6', 'step', 0],
+    ['2/6', 'step', 300],
+    ['2/6', 'step', 600],
+    ['3/6', 'step', 0],
+    ['3/6', 'step-done', 0],
+    ['4/6', 'step', 0],
+    ['4/6', 'step', 5],
+    ['4/6', 'step-done', 0],
+    ['5/6', 'step', 0],
+    ['5/6', 'step', 60],
+    ['5/6', 'step', 120],
+    ['5/6', 'step-done', 0],
+    ['6/6', 'step', 0],
+    ['6/6', 'step', 50],
+  ] as const)('in %s (%s + %i ms) a restore leaves the old or the new state', async (step, when, delayMs) => {
+    const spoilt = await spoil()
+    await killed(['restore', set, '--yes'], step, when, delayMs)
+    // Whichever command comes next.
+    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+    await expectNothingHalfMade()
+    const now = await state()
+    if (now.rows.pings !== saved.rows.pings) {
+      expect(now).toEqual(spoilt)
+      await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    }
+    expect(await state()).toEqual(saved)
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+    expect(await state()).toEqual(spoilt)
+    await expectServed()
+  })
+
+  test.each([0, 40, 80, 120, 160, 240])(
+    'after %i ms an undo is finished by the next one',
+    async (delayMs) => {
+      const spoilt = await spoil()
+      await mustSucceed(own.run('data', 'restore', set, '--yes'))
+      await killed(['undo', '--yes'], '1/1', 'step', delayMs)
+      const now = await state()
+      if (
+        now.rows.pings !== spoilt.rows.pings ||
+        now.uploads['picture_3.png'] !== spoilt.uploads['picture_3.png']
+      )
+        await mustSucceed(own.run('data', 'undo', '--yes'))
+      else await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      expect(await state()).toEqual(spoilt)
+      await expectServed()
+      await expectNothingHalfMade()
+    },
+  )
+})

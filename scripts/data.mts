@@ -1,20 +1,26 @@
 /** Backs up the running site as one state that is proven to be readable, and puts such a state in place again so that it can be undone. */
 import { existsSync } from 'node:fs'
+import { resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import { markCommands, endOrphans, orphans } from './lib/command.mts'
 import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
+import { bytesOf, findSet, lookAtSets } from './lib/data/catalogue.mts'
 import { acceptable, type Acceptable } from './lib/data/fitness.mts'
-import { parts as allParts, readManifest, type Manifest, type Part } from './lib/data/manifest.mts'
+import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
+import { restoreNewHost } from './lib/data/newhost.mts'
+import { pinged, type Pings } from './lib/data/ping.mts'
 import { alarmOf, known, retention } from './lib/data/retention.mts'
 import { restoreSet } from './lib/data/restore.mts'
-import { incomingFolder, listSets, removeSet, setFolder } from './lib/data/sets.mts'
+import { incomingFolder, removeSet, setFolder } from './lib/data/sets.mts'
+import { schedule, unschedule } from './lib/data/schedule.mts'
+import { exportSet, importSet } from './lib/data/transfer.mts'
 import { mendRestore, removeOldRestores, undoRestore, type Mended } from './lib/data/undo.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
-import { readVerified, rememberVerified, type Verified } from './lib/data/verified.mts'
+import { rememberVerified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, warn } from './lib/report.mts'
-import { asRoot, loadSite, scriptCommand, type Site } from './lib/settings.mts'
+import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from './lib/settings.mts'
 
 const usage = `
 Backs up the Strapi site while it runs, reads back what was written, and puts it in place again.
@@ -24,6 +30,11 @@ Backs up the Strapi site while it runs, reads back what was written, and puts it
   npx zx scripts/data.mts verify [SET]        read every byte of a set
   npx zx scripts/data.mts restore [SET]       put database and uploads of a set in place of the live ones
   npx zx scripts/data.mts undo                take the last restore back
+  npx zx scripts/data.mts restore --new-host FOLDER
+                                              the server is lost, here is a bare one and the folder of a set
+  npx zx scripts/data.mts export SET FILE     write a set to one file
+  npx zx scripts/data.mts import FILE         take a set from such a file
+  npx zx scripts/data.mts schedule            back up and prune every night, verify --deep every week, by cron
   npx zx scripts/data.mts prune               remove sets that KEEP_DAILY, KEEP_WEEKLY and KEEP_MONTHLY do not ask for, and what
                                               restores replaced before RESTORE_KEEP_DAYS; with --dry-run: why each stays or goes
 
@@ -32,6 +43,9 @@ Backs up the Strapi site while it runs, reads back what was written, and puts it
   --only PARTS      with backup and restore: database, uploads, config (backup alone), separated by commas
   --deep            with verify: also restore the dump into a database of its own, and compare
   --yes             with restore and undo: do not ask
+  --keep-settings   with --new-host: what is set in docker/.env here wins over the set
+  --at "MIN HOUR …" with schedule: when the backup runs, as cron writes it (default "30 3 * * *")
+  --remove          with schedule: remove the cron file
   --accept WHAT     with restore and undo: take what would be refused; the refusal says what
   --dry-run         say what would be done, change nothing
   --env-file FILE   settings (default docker/.env)
@@ -43,13 +57,28 @@ Backs up the Strapi site while it runs, reads back what was written, and puts it
 Exit codes: 0 done; 1 failed; 2 usage or settings; 3 degraded: the set is there, something is missing in it;
 4 another run holds the lock; 130 interrupted.`
 
-const commands: Record<string, { run: (site: Site, wish: Wish) => Promise<void>; takes: string[] }> = {
-  backup: { run: backup, takes: ['only'] },
+interface Command {
+  run: (site: Site, wish: Wish) => Promise<void>
+  takes: string[]
+  /** How many words may follow it, and how many must. */
+  words?: { most: number; least: number }
+  pings?: Pings
+}
+
+const commands: Record<string, Command> = {
+  backup: { run: backup, takes: ['only'], pings: 'all' },
   list: { run: list, takes: [] },
-  verify: { run: verify, takes: ['set', 'deep'] },
-  restore: { run: restore, takes: ['set', 'only', 'yes', 'accept'] },
+  verify: { run: verify, takes: ['deep'], words: { least: 0, most: 1 }, pings: 'failures' },
+  restore: {
+    run: restore,
+    takes: ['only', 'yes', 'accept', 'new-host', 'keep-settings'],
+    words: { least: 0, most: 1 },
+  },
   undo: { run: undo, takes: ['yes', 'accept'] },
-  prune: { run: prune, takes: [] },
+  prune: { run: prune, takes: [], pings: 'failures' },
+  export: { run: exportTo, takes: [], words: { least: 2, most: 2 } },
+  import: { run: importFrom, takes: [], words: { least: 1, most: 1 } },
+  schedule: { run: setSchedule, takes: ['at', 'remove'] },
 }
 const forEvery = ['dry-run', 'env-file', 'wait', 'quiet', 'json']
 
@@ -62,6 +91,10 @@ await report.main(async () => {
       deep: { type: 'boolean' },
       yes: { type: 'boolean' },
       accept: { type: 'string', multiple: true },
+      'new-host': { type: 'boolean' },
+      'keep-settings': { type: 'boolean' },
+      at: { type: 'string' },
+      remove: { type: 'boolean' },
       'dry-run': { type: 'boolean' },
       'env-file': { type: 'string' },
       wait: { type: 'string' },
@@ -78,22 +111,41 @@ await report.main(async () => {
   const wish: Wish = {
     only: options.only === undefined ? undefined : partsOf(options.only),
     waitMs: parseDuration(options.wait ?? '0'),
-    set: rest[0] ?? 'latest',
+    words: rest,
     deep: options.deep ?? false,
     isAgreed: options.yes ?? false,
     accept: acceptedOf(options.accept ?? []),
+    at: options.at ?? '30 3 * * *',
+    isRemoval: options.remove ?? false,
   }
-  const site = await loadSite(options['env-file'])
-  if (!existsSync(incomingFolder(site))) {
-    const advice = `Make it: ${asRoot(scriptCommand('setup', site.envFile))}`
-    throw new Problem(
-      exitCodes.usage,
-      `there is no ${incomingFolder(site)}, to which PostgreSQL writes its dumps`,
-      advice,
-    )
+  if (options['new-host']) {
+    const envFile = resolve(options['env-file'] ?? resolve(projectRoot, 'docker/.env'))
+    const folder = resolve(rest[0] ?? '')
+    return await restoreNewHost({
+      ...wish,
+      envFile,
+      folder,
+      keepSettings: options['keep-settings'] ?? false,
+    })
   }
-  await command?.run(site, wish)
+  const work = async () => {
+    await command?.run(await reachSite(options['env-file']), wish)
+  }
+  if (report.isDryRun() || !command?.pings) return await work()
+  await pinged(options['env-file'], wish.only ? 'failures' : command.pings, work)
 })
+
+/** @throws Problem (usage) */
+async function reachSite(envFile: string | undefined): Promise<Site> {
+  const site = await loadSite(envFile)
+  if (existsSync(incomingFolder(site))) return site
+  const advice = `Make it: ${asRoot(scriptCommand('setup', site.envFile))}`
+  throw new Problem(
+    exitCodes.usage,
+    `there is no ${incomingFolder(site)}, to which PostgreSQL writes its dumps`,
+    advice,
+  )
+}
 
 interface Wish {
   /** Undefined: all that the command is for. */
@@ -101,10 +153,13 @@ interface Wish {
   waitMs: number
   /** Restores the dump, too. */
   deep: boolean
-  /** As typed. */
-  set: string
+  /** What follows the command: a set, a file. */
+  words: string[]
   isAgreed: boolean
   accept: Acceptable[]
+  /** Five fields of cron. */
+  at: string
+  isRemoval: boolean
 }
 
 async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
@@ -171,19 +226,6 @@ async function list(site: Site): Promise<void> {
     say(`There is no set yet in ${site.folders.backups}. Make one: ${scriptCommand('data', site.envFile)}`)
 }
 
-/** Every set with what it says of itself and what was last seen of it, oldest first. */
-async function lookAtSets(site: Site) {
-  const verified = await readVerified(site)
-  const sets: { name: string; manifest: Manifest; last: Verified | undefined }[] = []
-  const unreadable: string[] = []
-  for (const name of await listSets(site)) {
-    const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
-    if (manifest instanceof Error) unreadable.push(`${name}: ${manifest.message}`)
-    else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
-  }
-  return { sets, unreadable }
-}
-
 async function prune(site: Site, { waitMs }: Wish): Promise<void> {
   await locked(site, 'prune', waitMs, async () => {
     const { sets, unreadable } = await lookAtSets(site)
@@ -227,11 +269,7 @@ async function locked(
   }
 }
 
-function bytesOf({ files }: Manifest): number {
-  return Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
-}
-
-async function restore(site: Site, { only, set, waitMs, accept, isAgreed }: Wish): Promise<void> {
+async function restore(site: Site, { only, words, waitMs, accept, isAgreed }: Wish): Promise<void> {
   if (only?.includes('config'))
     throw new Problem(
       exitCodes.usage,
@@ -239,7 +277,7 @@ async function restore(site: Site, { only, set, waitMs, accept, isAgreed }: Wish
       'Its config.tar can be unpacked anywhere, see RECOVERY.md in the set.',
     )
   await locked(site, 'restore', waitMs, async () => {
-    const name = await findSet(site, set, only ?? ['database', 'uploads'])
+    const name = await findSet(site, words[0], only ?? ['database', 'uploads'])
     const held = await readManifest(setFolder(site, name)).then(
       ({ parts }) => parts.filter((part) => part !== 'config'),
       // Read again there, and refused.
@@ -256,8 +294,35 @@ async function undo(site: Site, { waitMs, accept, isAgreed }: Wish): Promise<voi
   })
 }
 
-async function verify(site: Site, { set, deep, waitMs }: Wish): Promise<void> {
+async function exportTo(site: Site, { words: [set, file = ''] }: Wish): Promise<void> {
   const name = await findSet(site, set, allParts)
+  const target = resolve(file)
+  await report.change(`write ${name} to ${target}`, async () => {
+    await exportSet(site, name, target)
+    report.addToResult({ set: name, file: target })
+    say(
+      `Done: ${target} holds ${name}, its secrets too. There: ${scriptCommand('data', site.envFile, `import ${target}`)}`,
+    )
+  })
+}
+
+async function importFrom(site: Site, { words: [file = ''], waitMs }: Wish): Promise<void> {
+  await locked(site, 'import', waitMs, async () => {
+    await report.change(`take a set from ${resolve(file)}`, async () => {
+      const name = await importSet(site, resolve(file))
+      await rememberVerified(site, { set: name, deep: false, wrong: [] })
+      report.addToResult({ set: name })
+      say(`Done: ${setFolder(site, name)}, read back and right.`)
+    })
+  })
+}
+
+async function setSchedule(site: Site, { at, isRemoval }: Wish): Promise<void> {
+  await (isRemoval ? unschedule(site) : schedule(site, at))
+}
+
+async function verify(site: Site, { words, deep, waitMs }: Wish): Promise<void> {
+  const name = await findSet(site, words[0], allParts)
   // Not the lock of the site: a deploy need not wait for it.
   const lock =
     deep && !report.isDryRun() ? await takeLock(`${site.project}/verify`, 'verify --deep', waitMs) : undefined
@@ -298,37 +363,21 @@ function damaged(site: Site, name: string, wrong: string[]): Problem {
   )
 }
 
-/** @param parts that the latest one should have; where no set has them all, it is the newest of any */
-async function findSet(site: Site, set: string, parts: readonly Part[]): Promise<string> {
-  const names = await listSets(site)
-  const name = set === 'latest' ? await latestSet(site, names, parts) : names.find((one) => one === set)
-  if (name !== undefined) return name
-  throw new Problem(
-    exitCodes.usage,
-    `there is no set ${set} in ${site.folders.backups}`,
-    `See: ${scriptCommand('data', site.envFile, 'list')}`,
-  )
-}
-
-async function latestSet(site: Site, names: string[], parts: readonly Part[]): Promise<string | undefined> {
-  const { sets } = await lookAtSets(site)
-  const past = sets.filter(({ manifest }) => new Date(manifest.createdAt) <= new Date())
-  if (past.length < sets.length)
-    warn('a set is from the future, and not taken for the latest: look at the clock')
-  const whole = past.findLast(({ manifest }) => parts.every((part) => manifest.parts.includes(part)))
-  return whole?.name ?? past.at(-1)?.name ?? names.at(-1)
-}
-
 function refuseNonsense(
   name: string,
-  command: { takes: string[] } | undefined,
+  command: Command | undefined,
   rest: string[],
   options: Record<string, unknown>,
 ): void {
-  const words = rest.slice(command?.takes.includes('set') ? 1 : 0)
+  const { least, most } = options['new-host']
+    ? { least: 1, most: 1 }
+    : (command?.words ?? { least: 0, most: 0 })
   const flags = Object.keys(options).filter((key) => ![...forEvery, ...(command?.takes ?? [])].includes(key))
-  const wrong = [...(command ? [] : [name]), ...words, ...flags.map((key) => `--${key}`)]
+  const wrong = [...(command ? [] : [name]), ...rest.slice(most), ...flags.map((key) => `--${key}`)]
+  if (options['keep-settings'] && !options['new-host']) wrong.push('--keep-settings without --new-host')
+  if (options['new-host'] && options.only) wrong.push('--only with --new-host')
   if (wrong.length > 0) throw new Problem(exitCodes.usage, `unexpected: ${wrong.join(' ')}`, 'See --help.')
+  if (rest.length < least) throw new Problem(exitCodes.usage, `${name} needs more: see --help`, 'See --help.')
 }
 
 function acceptedOf(words: string[]): Acceptable[] {

@@ -18,6 +18,7 @@ export class Problem extends Error {
 const mode = { json: false, dryRun: false, quiet: false }
 const interruption = new AbortController()
 let result: Record<string, unknown> = {}
+const recent: string[] = []
 
 /** Aborted by Ctrl-C, SIGTERM or a lost terminal. Waits end with it; commands under way are let finish. */
 export const interrupted = interruption.signal
@@ -38,11 +39,18 @@ export function isDryRun(): boolean {
 
 /** A line for people, or one object for programs. */
 export function say(message: string, event = 'info', fields: Record<string, unknown> = {}): void {
+  recent.push(message)
+  if (recent.length > 50) recent.shift()
   if (mode.json) {
     process.stdout.write(`${JSON.stringify({ event, at: new Date().toISOString(), message, ...fields })}\n`)
   } else if (!mode.quiet || event === 'warning') {
     process.stdout.write(`${message}\n`)
   }
+}
+
+/** The last lines that were said, or would have been without --quiet. */
+export function recentLines(): string[] {
+  return [...recent]
 }
 
 export function warn(message: string): void {

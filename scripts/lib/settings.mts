@@ -45,6 +45,8 @@ export interface Site {
   backupBeforeDeploy: boolean
   /** Backup sets that stay, by the newest of so many days, weeks and months. */
   keepSets: { daily: number; weekly: number; monthly: number }
+  /** Where cron looks for files of its own. */
+  cronDir: string
   /** How long a restore keeps what it replaced. */
   restoreKeepDays: number
   /** `dial` replaces the host of `url` when connecting. */
@@ -148,6 +150,7 @@ const required = [
   'TRAFFIC_DIR',
   'ACCESS_LOG',
   'NGINX_CONF_DIR',
+  'CRON_DIR',
   'NGINX_COMMAND',
   'POSTGRES_PASSWORD',
   'REDIS_PASSWORD',
@@ -212,6 +215,10 @@ export function problemsOf(values: Record<string, string>): string[] {
       .split(/\s+/)
       .every((path) => path === '' || path.startsWith('/')),
     'SMOKE_PATHS must each start with /',
+  )
+  check(
+    value('BACKUP_PING_URL') === '' || /^https?:\/\/./.test(value('BACKUP_PING_URL')),
+    'BACKUP_PING_URL is not a URL',
   )
   check(
     /^(on|off)$/.test(value('BACKUP_BEFORE_DEPLOY')),
@@ -280,6 +287,7 @@ function siteOf(envFile: string, values: Record<string, string>): Site {
       weekly: Number(value('KEEP_WEEKLY')),
       monthly: Number(value('KEEP_MONTHLY')),
     },
+    cronDir: folder('CRON_DIR'),
     restoreKeepDays: Number(value('RESTORE_KEEP_DAYS')),
     probe: value('PROBE_URL')
       ? { url: value('PROBE_URL'), dial: undefined }

@@ -11,7 +11,15 @@ import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { archiveConfig } from './config.mts'
-import { format, sumOf, writeManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
+import {
+  filesOfPart,
+  format,
+  sumOf,
+  writeManifest,
+  wrongSums,
+  type Manifest,
+  type Part,
+} from './manifest.mts'
 import * as tools from './postgresql.mts'
 import { recovery } from './recovery.mts'
 import {
@@ -126,12 +134,6 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
   return manifest
 }
 
-const filesOfPart: Record<Part, string[]> = {
-  database: ['database.dump', 'roles.sql'],
-  uploads: ['uploads.tar', 'uploads.jsonl'],
-  config: ['config.tar'],
-}
-
 /**
  * Uploads once, then the snapshot, then at once the uploads that came or changed meanwhile, then the dump of the snapshot:
  * a file that a row of the snapshot refers to has been there at one of the two passes.
@@ -207,7 +209,7 @@ export async function healthyPostgresql(site: Site): Promise<string | undefined>
 }
 
 /** Id of PostgreSQL's container; one that is just starting gets half a minute. @throws Problem when it does not answer */
-async function reachDatabase(site: Site): Promise<string> {
+export async function reachDatabase(site: Site): Promise<string> {
   for (let waitedMs = 0; ; waitedMs += 500) {
     const [one] = await engine.serviceContainers(site.project, 'postgresql')
     if (one?.State.Health?.Status === 'healthy') return one.Id

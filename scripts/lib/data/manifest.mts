@@ -60,8 +60,17 @@ export async function* uploadLines(folder: string): AsyncGenerator<UploadLine> {
     yield JSON.parse(line) as UploadLine
 }
 
+/** Files that each part of a set consists of. */
+export const filesOfPart: Record<Part, string[]> = {
+  database: ['database.dump', 'roles.sql'],
+  uploads: ['uploads.tar', 'uploads.jsonl'],
+  config: ['config.tar'],
+}
+
 const manifestName = 'manifest.json'
 const sumsName = 'SHA256SUMS'
+/** Every name that a set may hold. */
+export const setFiles = new Set([...Object.values(filesOfPart).flat(), 'RECOVERY.md', manifestName, sumsName])
 
 /** Size and SHA-256 of a file, read from the disk. */
 export async function sumOf(path: string): Promise<FileSum> {

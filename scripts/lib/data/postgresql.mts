@@ -92,6 +92,21 @@ export const takeOver = (containerId: string, file: string, owner: string) => {
   return [...asRoot(containerId), 'chown', owner, `/backup/${file}`]
 }
 
+/** Gives the role in the container's environment the password that is there, too, where PostgreSQL was made with another one. */
+export const setPassword = (containerId: string) => [
+  ...asSuperuser(containerId),
+  'sh',
+  '-c',
+  `psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --set=VERBOSITY=terse --dbname=postgres << 'SQL'
+SET log_min_duration_statement = -1;
+SET log_min_error_statement = panic;
+\\getenv user POSTGRES_USER
+\\getenv password POSTGRES_PASSWORD
+SELECT format('CREATE ROLE %I LOGIN', :'user') WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'user') \\gexec
+ALTER ROLE :"user" PASSWORD :'password';
+SQL`,
+]
+
 export const listIncoming = (containerId: string) => [...asRoot(containerId), 'ls', '-A', '/backup']
 
 export const removeIncoming = (containerId: string, files: string[]) => {

@@ -113,7 +113,7 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
 
 /** Everything that can be known before anything is touched. @throws Problem that lists all that speaks against it */
 async function prepare(site: Site, request: Request): Promise<Job> {
-  needRoot(site, 'restore')
+  needRoot(site.envFile, `restore ${request.set}`)
   const folder = setFolder(site, request.set)
   const wrong = await alive(
     () => `reading ${request.set}`,

@@ -12,6 +12,10 @@ export async function listSets(site: Site): Promise<string[]> {
   return (await readdir(site.folders.backups)).filter((name) => namePattern.test(name)).toSorted(byTime)
 }
 
+export function isSetName(name: string): boolean {
+  return namePattern.test(name)
+}
+
 export function setFolder(site: Site, name: string): string {
   return join(site.folders.backups, name)
 }

@@ -18,7 +18,7 @@ export async function undoRestore(
   site: Site,
   { accept, isAgreed }: { accept: Acceptable[]; isAgreed: boolean },
 ): Promise<void> {
-  needRoot(site, 'undo')
+  needRoot(site.envFile, 'undo')
   const postgresql = await needPostgresql(site)
   const last = await lastRestore(site, await readDatabases(site, postgresql))
   if (last.database !== undefined && !accept.includes('other-schema')) {
@@ -171,12 +171,12 @@ export async function runningSchema(site: Site, release: string | undefined): Pr
 }
 
 /** Files get the owner that the image needs, and the dump is read as root in the container. @throws Problem (usage) */
-export function needRoot(site: Site, command: string): void {
+export function needRoot(envFile: string, command: string): void {
   if (process.getuid?.() === 0) return
   throw new Problem(
     exitCodes.usage,
     `${command} has to give files to the user of the image, which only root can`,
-    asRoot(scriptCommand('data', site.envFile, command)),
+    asRoot(scriptCommand('data', envFile, command)),
   )
 }
 

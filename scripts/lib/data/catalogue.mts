@@ -1,0 +1,50 @@
+/** What is known of the sets: what each says of itself, what was last seen of it, which one is the latest. */
+import { exitCodes, Problem, warn } from '../report.mts'
+import { scriptCommand, type Site } from '../settings.mts'
+import { readManifest, type Manifest, type Part } from './manifest.mts'
+import { listSets, setFolder } from './sets.mts'
+import { readVerified, type Verified } from './verified.mts'
+
+/** Every set with what it says of itself and what was last seen of it, oldest first. */
+export async function lookAtSets(site: Site) {
+  const verified = await readVerified(site)
+  const sets: { name: string; manifest: Manifest; last: Verified | undefined }[] = []
+  const unreadable: string[] = []
+  for (const name of await listSets(site)) {
+    const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
+    if (manifest instanceof Error) unreadable.push(`${name}: ${manifest.message}`)
+    else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
+  }
+  return { sets, unreadable }
+}
+
+/** @param parts that the latest one should have; where no set has them all, it is the newest of any */
+export async function findSet(
+  site: Site,
+  typed: string | undefined,
+  parts: readonly Part[],
+): Promise<string> {
+  const set = typed ?? 'latest'
+  const names = await listSets(site)
+  const name = set === 'latest' ? await latestSet(site, names, parts) : names.find((one) => one === set)
+  if (name !== undefined) return name
+  throw new Problem(
+    exitCodes.usage,
+    `there is no set ${set} in ${site.folders.backups}`,
+    `See: ${scriptCommand('data', site.envFile, 'list')}`,
+  )
+}
+
+async function latestSet(site: Site, names: string[], parts: readonly Part[]): Promise<string | undefined> {
+  const { sets } = await lookAtSets(site)
+  const past = sets.filter(({ manifest }) => new Date(manifest.createdAt) <= new Date())
+  if (past.length < sets.length)
+    warn('a set is from the future, and not taken for the latest: look at the clock')
+  const whole = past.findLast(({ manifest }) => parts.every((part) => manifest.parts.includes(part)))
+  return whole?.name ?? past.at(-1)?.name ?? names.at(-1)
+}
+
+/** Bytes of all files of a set. */
+export function bytesOf({ files }: Manifest): number {
+  return Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+}

@@ -1,0 +1,168 @@
+/** A lost server from a bare one and a set: configuration first, then database and uploads. The application is there already. */
+import { existsSync } from 'node:fs'
+import { chown, copyFile, mkdir, writeFile } from 'node:fs/promises'
+import { dirname, join, resolve } from 'node:path'
+import { parse } from 'dotenv'
+import { startServices } from '../actions.mts'
+import { agree } from '../agree.mts'
+import { run } from '../command.mts'
+import { readText, setValues, writeEnv } from '../envfile.mts'
+import { makeFolders, strapiUid } from '../folders.mts'
+import { takeLock } from '../lock.mts'
+import { alive, detail, exitCodes, isDryRun, Problem, say, step } from '../report.mts'
+import { writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
+import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from '../settings.mts'
+import { reachDatabase } from './backup.mts'
+import type { Acceptable } from './fitness.mts'
+import { readManifest, wrongSums, type Manifest } from './manifest.mts'
+import * as tools from './postgresql.mts'
+import { restoreSet } from './restore.mts'
+import { importFolder } from './transfer.mts'
+import { needRoot } from './undo.mts'
+import { readArchive } from './untar.mts'
+
+export interface NewHost {
+  envFile: string
+  /** The set, wherever it is. */
+  folder: string
+  /** Values that are set on this host win over those of the set. */
+  keepSettings: boolean
+  accept: Acceptable[]
+  isAgreed: boolean
+  waitMs: number
+}
+
+interface Found {
+  manifest: Manifest
+  /** config.tar, by name. */
+  config: Map<string, Buffer>
+  /** docker/.env as it will be. */
+  settings: string
+}
+
+export async function restoreNewHost(request: NewHost): Promise<void> {
+  const { envFile, folder, accept } = request
+  needRoot(envFile, `restore --new-host ${folder}`)
+  const found = await step('1/4', `Read ${folder}`, () => read(request))
+  if (isDryRun()) return say('Nothing was changed.')
+  await agree(`Set this host up from ${folder}`, request.isAgreed)
+
+  const lock = await takeLock(
+    parse(found.settings).COMPOSE_PROJECT_NAME ?? '',
+    'restore --new-host',
+    request.waitMs,
+  )
+  try {
+    const site = await step('2/4', 'Settings of the set', () => writeSettings(request, found))
+    const set = await step('3/4', 'Folders, PostgreSQL and Redis', async () => {
+      await makeFolders(site)
+      const name = await alive(
+        () => 'taking the set over',
+        () => importFolder(site, folder),
+      )
+      await startServices(site)
+      await run(tools.setPassword(await reachDatabase(site)))
+      return name
+    })
+    const parts = found.manifest.parts.filter((part) => part !== 'config')
+    await step('4/4', `Restore ${set}`, () => restoreSet(site, { set, parts, accept, isAgreed: true }))
+    say(
+      `Now: ${asRoot(scriptCommand('setup', envFile, '--install'))}\nThen: ${scriptCommand('deploy', envFile)}`,
+    )
+  } finally {
+    lock.release()
+  }
+}
+
+/** Everything that can be known before anything is written. @throws Problem */
+async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise<Found> {
+  const wrong = existsSync(folder)
+    ? await alive(
+        () => `reading ${folder}`,
+        () => wrongSums(folder),
+      )
+    : [`there is no ${folder}`]
+  if (wrong.length > 0 && !accept.includes('damaged'))
+    throw new Problem(
+      exitCodes.usage,
+      `${folder} is not a whole set; nothing was changed:${wrong.map((line) => `\n  - ${line}`).join('')}`,
+      'Give the folder of a set; an exported one is unpacked with: tar -xf FILE',
+    )
+  const manifest = await readManifest(folder)
+  if (!manifest.parts.includes('config'))
+    throw new Problem(
+      exitCodes.usage,
+      `${folder} holds no configuration, so it cannot set a host up`,
+      `Take a set of everything, or set the host up by hand: ${scriptCommand('setup', envFile)}`,
+    )
+  const config = await readConfig(join(folder, 'config.tar'))
+  const settings = merged(await readText(envFile), config.get('docker/.env')?.toString() ?? '', keepSettings)
+  const source = resolve(projectRoot, 'docker', parse(settings).STRAPI_SOURCE ?? '')
+  if (!existsSync(join(source, 'package.json')))
+    throw new Problem(
+      exitCodes.usage,
+      `the application is not in ${source} (STRAPI_SOURCE); nothing was changed`,
+      'Get it there first: a set holds its data and its secrets, not its code.',
+    )
+  detail(`release ${manifest.release ?? 'unknown'}: ${manifest.parts.join(', ')}`)
+  return { manifest, config, settings }
+}
+
+async function writeSettings({ envFile, keepSettings }: NewHost, { config, settings }: Found): Promise<Site> {
+  await mkdir(dirname(envFile), { recursive: true })
+  await replaceText(envFile, settings)
+  // What this version of the project needs and the set does not know yet.
+  const site = await loadSite(envFile, { text: await writeDockerEnv(envFile) })
+  const application = join(site.source, '.env')
+  await replaceText(
+    application,
+    merged(await readText(application), config.get('strapi/.env')?.toString() ?? '', keepSettings),
+  )
+  await writeApplicationEnv(site)
+  await writeCredentials(site, config)
+  return site
+}
+
+/** The old text is kept beside it. */
+async function replaceText(path: string, text: string): Promise<void> {
+  const before = await readText(path)
+  if (before === text) return detail(`${path} is as in the set`)
+  if (before !== undefined) await copyFile(path, `${path}.before-restore`)
+  await writeEnv(path, text)
+  const names = Object.keys(parse(text)).filter((key) => parse(before ?? '')[key] !== parse(text)[key])
+  detail(`${path}: ${before === undefined ? 'written' : `changed ${names.join(', ')}`}`)
+}
+
+/** Keys for Firebase and Apple, where they are missing; Strapi's user reads them. */
+async function writeCredentials(site: Site, config: Map<string, Buffer>): Promise<void> {
+  for (const [name, path] of [
+    ['secrets/firebase', site.values.FIREBASE_CREDENTIALS],
+    ['secrets/apns', site.values.APNS_KEY],
+  ] as const) {
+    const content = config.get(name)
+    if (!content || !path) continue
+    const target = resolve(projectRoot, 'docker', path)
+    if (existsSync(target)) continue
+    await mkdir(dirname(target), { recursive: true })
+    await writeFile(target, content, { mode: 0o400 })
+    await chown(target, strapiUid, strapiUid)
+    detail(`wrote ${target}`)
+  }
+}
+
+/** The release of the lost server is not here; a deploy names its own. */
+function merged(own: string | undefined, theirs: string, keepOwn: boolean): string {
+  const known = parse(own ?? '')
+  const values = Object.fromEntries(Object.entries(parse(theirs)).filter(([key]) => !(keepOwn && known[key])))
+  if ('STRAPI_VERSION' in values) values.STRAPI_VERSION = known.STRAPI_VERSION || 'latest'
+  return setValues(own ?? theirs, values)
+}
+
+async function readConfig(tarPath: string): Promise<Map<string, Buffer>> {
+  const files = new Map<string, Buffer>()
+  await readArchive(tarPath, ({ name }) => {
+    const parts: Buffer[] = []
+    return { write: (part) => parts.push(part), end: () => files.set(name, Buffer.concat(parts)) }
+  })
+  return files
+}

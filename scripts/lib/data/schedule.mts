@@ -1,0 +1,131 @@
+/** The cron file of a site: a nightly backup with prune, a weekly verify --deep. Written, tried, removed. */
+import { existsSync } from 'node:fs'
+import { chmod, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { ask, run } from '../command.mts'
+import { readText } from '../envfile.mts'
+import { alive, change, detail, exitCodes, isDryRun, Problem, say, warn } from '../report.mts'
+import { asRoot, scriptCommand, type Site } from '../settings.mts'
+
+const mark = '# strapi-blue-green:'
+const path = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
+const weekly = '45 5 * * 0'
+
+/**
+ * Text of the file. Everything in it is absolute, since cron gives neither a folder nor a PATH.
+ * @param at five fields of cron, see crontab(5)
+ */
+export function cronFile(site: Site, at: string): string {
+  const command = (...options: string[]) => cronCommand(site, ...options).replaceAll('%', String.raw`\%`)
+  return `${mark} written by "${scriptCommand('data', site.envFile, 'schedule')}", removed by the same with --remove
+SHELL=/bin/sh
+PATH=${path}
+${at} root ${command('backup')}; ${command('prune')}
+${weekly} root ${command('verify', '--deep')}
+`
+}
+
+function cronCommand(site: Site, ...options: string[]): string {
+  const words = [process.execPath, join(site.root, 'scripts/data.mts'), ...options]
+  return [...words, '--quiet', '--wait', '4h', '--env-file', site.envFile].map(quoted).join(' ')
+}
+
+function quoted(word: string): string {
+  return /^[\w@+,./:=-]+$/.test(word) ? word : `'${word.replaceAll("'", String.raw`'\''`)}'`
+}
+
+/** Installs the file and runs its backup once, as cron would. @throws Problem */
+export async function schedule(site: Site, at: string): Promise<void> {
+  if (!/^([\d*,/A-Za-z-]+\s+){4}[\d*,/A-Za-z-]+$/.test(at))
+    throw new Problem(
+      exitCodes.usage,
+      `--at "${at}" is not five fields of cron`,
+      'For example: --at "30 3 * * *"',
+    )
+  await needCron(site)
+  const text = cronFile(site, at)
+  if (isDryRun()) say(text)
+  await change(`write ${fileOf(site)}`, async () => {
+    await refuseForeign(site)
+    const partial = join(site.cronDir, `.${nameOf(site)}`)
+    try {
+      await writeFile(partial, text, { mode: 0o644 })
+      // Whatever the umask: cron takes no file that others could not read, and none that they could write.
+      await chmod(partial, 0o644)
+      await rename(partial, fileOf(site))
+    } catch (error) {
+      throw new Problem(
+        exitCodes.usage,
+        `${fileOf(site)} could not be written`,
+        asRoot(scriptCommand('data', site.envFile, 'schedule')),
+        error,
+      )
+    }
+    detail(`wrote ${fileOf(site)}`)
+  })
+  await change('run the backup once as cron would', () => tryAsCron(site))
+}
+
+/** Without a terminal, from another folder, with nothing in the environment but what cron sets. */
+async function tryAsCron(site: Site): Promise<void> {
+  const bare = ['env', '-i', 'HOME=/root', 'LOGNAME=root', 'SHELL=/bin/sh', `PATH=${path}`]
+  const job = `umask 077; cd /; ${cronCommand(site, 'backup')}`
+  try {
+    await alive(
+      () => 'the backup runs as cron would run it',
+      () => run([...bare, '/bin/sh', '-c', job], { timeoutMs: 12 * 3_600_000 }),
+    )
+  } catch (error) {
+    throw new Problem(
+      exitCodes.degraded,
+      `${fileOf(site)} is in place, but the backup that it runs did not go well`,
+      `Mend what it says, then: ${scriptCommand('data', site.envFile, 'schedule')}`,
+      error,
+    )
+  }
+  say(`Done: ${fileOf(site)} is in place, and its backup ran well.`)
+}
+
+/** Removes the file. Not being there is fine. */
+export async function unschedule(site: Site): Promise<void> {
+  if (!existsSync(fileOf(site))) return say(`There is no ${fileOf(site)}.`)
+  await refuseForeign(site)
+  await change(`remove ${fileOf(site)}`, async () => {
+    await rm(fileOf(site))
+    say(`Removed ${fileOf(site)}: nothing is backed up by itself any more.`)
+  })
+}
+
+async function refuseForeign(site: Site): Promise<void> {
+  const text = await readText(fileOf(site))
+  if (text === undefined || text.startsWith(mark)) return
+  throw new Problem(exitCodes.usage, `${fileOf(site)} was written by somebody else`, 'Move it away.')
+}
+
+async function needCron(site: Site): Promise<void> {
+  const daemon = await ask(['sh', '-c', `PATH=${path}; command -v cron || command -v crond`])
+  if (daemon === undefined || !existsSync(site.cronDir))
+    throw new Problem(
+      exitCodes.usage,
+      daemon === undefined ? 'there is no cron on this host' : `there is no ${site.cronDir} (CRON_DIR)`,
+      `Install it: ${asRoot('apt-get install cron')}\nThen: ${scriptCommand('data', site.envFile, 'schedule')}`,
+    )
+  if (!(await isRunning(['cron', 'crond'])))
+    warn(`cron is installed, but does not run: ${asRoot('systemctl enable --now cron')}`)
+}
+
+async function isRunning(names: string[]): Promise<boolean> {
+  for (const pid of await readdir('/proc')) {
+    const name = await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => '')
+    if (names.includes(name.trim())) return true
+  }
+  return false
+}
+
+function nameOf(site: Site): string {
+  return `strapi-blue-green-${site.project}`
+}
+
+function fileOf(site: Site): string {
+  return join(site.cronDir, nameOf(site))
+}

@@ -1,12 +1,28 @@
 /** Backups of a running Strapi: one state, read back, and nothing half-made whatever happens. */
 import { randomBytes } from 'node:crypto'
-import { chmod, cp, mkdir, readdir, readFile, rm, stat, truncate, unlink, writeFile } from 'node:fs/promises'
+import { once } from 'node:events'
+import {
+  chmod,
+  cp,
+  mkdir,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  truncate,
+  unlink,
+  writeFile,
+} from 'node:fs/promises'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
 import { query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
+import { healthyPostgresql } from '../scripts/lib/data/backup.mts'
 import { readManifest, writeManifest } from '../scripts/lib/data/manifest.mts'
 import { backupSession } from '../scripts/lib/data/postgresql.mts'
 import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
@@ -55,8 +71,8 @@ async function addPicture(name: string): Promise<void> {
   )
 }
 
-async function makeSet(): Promise<string> {
-  return String(resultOf(await mustSucceed(own.begin('data', ['backup']).outcome)).set)
+async function makeSet(...options: string[]): Promise<string> {
+  return String(resultOf(await mustSucceed(own.begin('data', ['backup', ...options]).outcome)).set)
 }
 
 /** Nothing but finished sets and the empty incoming folder is there, and no session is left in PostgreSQL. */
@@ -145,8 +161,10 @@ describe('a backup', () => {
       }
     })()
     try {
-      for (let times = 0; times < 5; times += 1) {
-        const { missing, uploads } = await readManifest(setFolder(site, await makeSet()))
+      for (let times = 0; times < 30; times += 1) {
+        const { missing, uploads } = await readManifest(
+          setFolder(site, await makeSet('--only', 'database,uploads')),
+        )
         expect(missing).toEqual([])
         expect(uploads?.files).toBeGreaterThan(400)
       }
@@ -170,10 +188,24 @@ describe('a backup', () => {
     expect((await first.outcome).code).toBe(0)
   })
 
-  test('shows no password in its output', async () => {
-    const { stdout, stderr } = await own.run('data', '--json')
-    for (const key of ['POSTGRES_PASSWORD', 'REDIS_PASSWORD'])
-      expect(stdout + stderr).not.toContain(await settingOf(own, key))
+  test('shows no password in its output, nor in the list of processes', async () => {
+    const passwords = await Promise.all(
+      ['POSTGRES_PASSWORD', 'REDIS_PASSWORD'].map((key) => settingOf(own, key)),
+    )
+    const { outcome } = own.begin('data', ['backup'])
+    let looks = 0
+    const ending = new AbortController()
+    const looking = (async () => {
+      for (; !ending.signal.aborted; looks += 1) {
+        const processes = await run(['ps', '-eo', 'args'])
+        for (const password of passwords) expect(processes).not.toContain(password)
+      }
+    })()
+    const { stdout, stderr } = await mustSucceed(outcome)
+    ending.abort()
+    await looking
+    expect(looks).toBeGreaterThan(5)
+    for (const password of passwords) expect(stdout + stderr).not.toContain(password)
   })
 })
 
@@ -219,6 +251,29 @@ describe('a backup that cannot be made', () => {
       await run(['umount', small])
       await rm(small, { recursive: true })
     }
+  })
+
+  test('because the disk fills under pg_dump, inside its container, leaves nothing half-made', async () => {
+    const incoming = join(site.folders.backups, '.incoming')
+    const before = await listSets(site)
+    const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
+    const restart = async () => {
+      await run(['docker', 'restart', postgresql?.Id ?? ''])
+      await expect.poll(() => healthyPostgresql(site), { timeout: 60_000 }).toBeDefined()
+    }
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=16k', 'tmpfs', incoming])
+    try {
+      await restart()
+      const outcome = await own.run('data')
+      expect(outcome.code).toBe(1)
+      expect(outcome.stderr).toMatch(/the disk of \S+ is full/)
+      expect(await listSets(site)).toEqual(before)
+      await expectNothingHalfMade()
+    } finally {
+      await run(['umount', incoming])
+      await restart()
+    }
+    await makeSet()
   })
 
   test('because of Ctrl-C leaves nothing half-made, exit code 130', async () => {
@@ -392,6 +447,145 @@ describe('a deploy', () => {
   })
 })
 
+describe('the latest set', () => {
+  test('is not one from the future, nor one that lacks a part', async () => {
+    const whole = await makeSet()
+    await makeSet('--only', 'database')
+    const future = setFolder(site, '20990101-000000')
+    await cp(setFolder(site, whole), future, { recursive: true })
+    await run(['chmod', '-R', 'u+w', future])
+    await writeManifest(future, { ...(await readManifest(future)), createdAt: '2099-01-01T00:00:00.000Z' })
+    const outcome = await own.begin('data', ['verify']).outcome
+    await rm(future, { recursive: true })
+    expect(resultOf(outcome).set).toBe(whole)
+    expect(outcome.events.some(({ message }) => message.includes('from the future'))).toBe(true)
+  })
+})
+
+describe('a set as one file', () => {
+  const file = () => join(own.folder, 'exported.tar')
+  beforeEach(() => rm(file(), { force: true }))
+
+  test('is for its owner alone, is what tar unpacks, and comes back whole', async () => {
+    const name = await makeSet()
+    await mustSucceed(own.run('data', 'export', name, file()))
+    expect((await stat(file())).mode & 0o777).toBe(0o600)
+    expect((await own.run('data', 'export', name, file())).code).toBe(2)
+    const twice = await own.run('data', 'import', file())
+    expect(twice.code).toBe(2)
+    expect(twice.stderr).toContain(`${name} is in`)
+
+    await rename(setFolder(site, name), join(own.folder, 'moved'))
+    await mustSucceed(own.run('data', 'import', file()))
+    await run(['diff', '-r', setFolder(site, name), join(own.folder, 'moved')])
+    await mustSucceed(own.run('data', 'verify', name))
+    await rm(join(own.folder, 'moved'), { recursive: true })
+    await run(['tar', '-xf', file(), '-C', own.folder])
+    await run(['sha256sum', '--check', '--strict', 'SHA256SUMS'], { cwd: join(own.folder, name) })
+    await rm(join(own.folder, name), { recursive: true })
+  })
+
+  test('is not taken when it was cut, changed or made by somebody else', async () => {
+    const name = await makeSet('--only', 'config')
+    await mustSucceed(own.run('data', 'export', name, file()))
+    await rm(setFolder(site, name), { recursive: true })
+    const content = await readFile(file())
+    const before = await readdir(site.folders.backups)
+    const other = Buffer.from(content)
+    const at = content.indexOf('SERVER_NAME')
+    other[at] = 0x58
+    await run(['tar', '-cf', join(own.folder, 'foreign.tar'), '-C', own.folder, 'strapi/package.json'])
+    for (const bad of [content.subarray(0, 5000), other, await readFile(join(own.folder, 'foreign.tar'))]) {
+      await writeFile(file(), bad)
+      const outcome = await own.run('data', 'import', file())
+      expect(outcome.code).toBe(1)
+      expect(outcome.stderr).toContain('holds no set that can be taken')
+      expect(await readdir(site.folders.backups)).toEqual(before)
+    }
+  })
+})
+
+describe('a schedule', () => {
+  const folder = () => join(own.folder, 'cron.d')
+
+  test('is a cron file that works with nothing in the environment, and was tried at once', async () => {
+    await mkdir(folder())
+    await own.set({ CRON_DIR: folder() })
+    const before = await listSets(site)
+    await mustSucceed(own.run('data', 'schedule', '--at', '15 2 * * 1-5'))
+    expect((await listSets(site)).length).toBe(before.length + 1)
+    const [name = ''] = await readdir(folder())
+    expect(name).toMatch(/^[\w-]+$/)
+    const text = await readFile(join(folder(), name), 'utf8')
+    const jobs = text.split('\n').filter((line) => / root /.test(line))
+    expect(jobs[0]).toMatch(/^15 2 \* \* 1-5 root /)
+    expect(jobs.length).toBe(2)
+    for (const job of jobs) {
+      const command = job.replace(/^(\S+ ){5}root /, '').replaceAll(String.raw`\%`, '%')
+      const said = await run(['env', '-i', '/bin/sh', '-c', `umask 077; cd /; ${command}`])
+      expect(said).toBe('')
+    }
+    await mustSucceed(own.run('data', 'schedule', '--remove'))
+    expect(await readdir(folder())).toEqual([])
+  })
+
+  test('that cannot be says what to do', async () => {
+    const wrong = await own.run('data', 'schedule', '--at', 'tomorrow')
+    expect(wrong.code).toBe(2)
+    await own.set({ CRON_DIR: join(own.folder, 'nowhere') })
+    const outcome = await own.run('data', 'schedule')
+    expect(outcome.code).toBe(2)
+    expect(outcome.stderr).toContain('apt-get install cron')
+  })
+})
+
+describe('whoever watches', () => {
+  const pings: { path: string; body: string }[] = []
+  const server = createServer((request, response) => {
+    let body = ''
+    request.on('data', (part: Buffer) => (body += part.toString()))
+    request.on('end', () => {
+      pings.push({ path: request.url ?? '', body })
+      response.end()
+    })
+  })
+  beforeAll(async () => {
+    server.listen(0, '127.0.0.1')
+    await once(server, 'listening')
+    const { port } = server.address() as AddressInfo
+    await own.set({ BACKUP_PING_URL: `http://127.0.0.1:${port}/uuid` })
+  })
+  beforeEach(() => pings.splice(0))
+  afterAll(async () => {
+    await own.set({ BACKUP_PING_URL: '', KEEP_DAILY: '7' })
+    server.close()
+  })
+
+  test('is told that a backup began and went well', async () => {
+    await mustSucceed(own.run('data', '--quiet'))
+    expect(pings.map(({ path }) => path)).toEqual(['/uuid/start', '/uuid'])
+    expect(pings[1]?.body).toContain('read back and right')
+  })
+
+  test('is told why it failed, also when settings are wrong', async () => {
+    await own.set({ KEEP_DAILY: 'many' })
+    expect((await own.run('data')).code).toBe(2)
+    expect(pings.map(({ path }) => path)).toEqual(['/uuid/start', '/uuid/fail'])
+    expect(pings[1]?.body).toContain('KEEP_DAILY is not a number')
+    pings.splice(0)
+    expect((await own.run('data', 'prune')).code).toBe(2)
+    expect(pings.map(({ path }) => path)).toEqual(['/uuid/fail'])
+    await own.set({ KEEP_DAILY: '7' })
+  })
+
+  test('changes nothing by not being there', async () => {
+    await own.set({ BACKUP_PING_URL: 'http://127.0.0.1:9/secret-uuid' })
+    const { stdout, stderr } = await mustSucceed(own.run('data'))
+    expect(stdout).toContain('BACKUP_PING_URL did not answer')
+    expect(stdout + stderr).not.toContain('secret-uuid')
+  })
+})
+
 describe('old sets', () => {
   test('are named with the reason by a dry run, which removes none', async () => {
     const before = await listSets(site)
@@ -427,8 +621,8 @@ describe('old sets', () => {
     await mustSucceed(own.run('data', 'prune'))
     const after = await listSets(site)
     expect(before.length).toBeGreaterThan(10)
-    // The newest of each kind: everything, and each part alone.
-    expect(after.length).toBe(4)
+    // The newest of each kind: everything, without configuration, and each part alone.
+    expect(after.length).toBe(5)
     expect(after.at(-1)).toBe(before.at(-1))
     expect((await readdir(alien)).length).toBe(0)
     await rm(alien, { recursive: true })

@@ -14,10 +14,12 @@ declare module 'vitest' {
 export default async function prepare(project: TestProject): Promise<void> {
   const missing = await missingSoftware()
   if (missing.length > 0) await installSoftware(missing)
-  // Some tests make a repository or a certificate.
-  for (const name of ['git', 'openssl']) {
-    if ((await ask([name, 'version'])) === undefined)
-      await run(['apt-get', 'install', '--yes', '--quiet', name])
+  // For a repository, a certificate, a schedule, the admin panel.
+  for (const name of ['git', 'openssl', 'cron', 'chromium']) {
+    if ((await ask(['which', name])) === undefined)
+      await run(['apt-get', 'install', '--yes', '--quiet', '--no-install-recommends', name], {
+        timeoutMs: 900_000,
+      })
   }
   const { settings } = await baseImages()
   project.provide('baseImages', settings)

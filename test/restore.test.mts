@@ -1,21 +1,21 @@
 /** What was backed up comes back, row by row and byte by byte, while visitors are served; and it can be taken back. */
 import { createHash, randomBytes } from 'node:crypto'
-import { cp, mkdir, readdir, readFile, rm, stat, unlink, writeFile } from 'node:fs/promises'
+import { cp, mkdir, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { orphans, run } from '../scripts/lib/command.mts'
-import { query } from '../scripts/lib/compose.mts'
+import { compose, query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { createArchive } from '../scripts/lib/data/archive.mts'
 import { readManifest, sumOf, writeManifest, type Manifest } from '../scripts/lib/data/manifest.mts'
 import { setFolder } from '../scripts/lib/data/sets.mts'
 import { ownFolder } from '../scripts/lib/data/untar.mts'
 import { filesBelow } from '../scripts/lib/data/uploads.mts'
-import { loadSite, type Site } from '../scripts/lib/settings.mts'
+import { loadSite, projectRoot, type Site } from '../scripts/lib/settings.mts'
 import { logIn, registerAdmin, seePicture } from './admin.mts'
-import { mustSucceed, resultOf, strapiSite, type TestSite } from './harness.mts'
+import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './harness.mts'
 
 let own: TestSite
 let site: Site
@@ -184,6 +184,97 @@ describe('a restore', () => {
     expect(await state()).toEqual({ rows: current.rows, uploads })
     await expectServed()
     await expectNothingHalfMade()
+  })
+
+  test.each([
+    ['is too small says what is needed', 0.5, /to restore it needs about/],
+    // Enough for the bytes, not for the blocks that small files fill.
+    ['fills leaves the uploads as they were', 1.1, /No space left on device/],
+  ])('of uploads onto a disk that %s', async (_, share, says) => {
+    const many = join(own.folder, 'many')
+    await mkdir(many)
+    for (let number = 0; number < 300; number += 1)
+      await writeFile(join(many, `small_${number}.png`), randomBytes(1000))
+    const small = join(own.folder, 'small')
+    await mkdir(small)
+    await run(['mount', '-t', 'tmpfs', '-o', `size=${Math.ceil(share * 300)}k`, 'tmpfs', small])
+    try {
+      await own.set({ UPLOADS_VOLUME: many })
+      const outcome = await own.begin('data', ['backup', '--only', 'uploads']).outcome
+      await own.set({ UPLOADS_VOLUME: small })
+      await writeFile(join(small, 'live.png'), 'live')
+      const name = String(resultOf(outcome).set)
+      const restored = await own.run('data', 'restore', name, '--yes', '--accept', 'incomplete')
+      expect(restored.code).toBe(1)
+      expect(restored.stderr).toMatch(says)
+      expect(restored.stderr).toContain('nothing was changed')
+      expect(await readdir(small).then((names) => names.filter((one) => one !== ownFolder))).toEqual([
+        'live.png',
+      ])
+      expect(await readdir(join(small, ownFolder)).catch(() => [])).toEqual([])
+    } finally {
+      await own.set({ UPLOADS_VOLUME: site.folders.uploads })
+      await run(['umount', small])
+      await rm(small, { recursive: true })
+      await rm(many, { recursive: true })
+    }
+  })
+
+  test('gives up while the disk of PostgreSQL still has room for its log', async () => {
+    const current = await state()
+    await sql(`CREATE TABLE ballast AS SELECT n, md5(n::text) || repeat(md5(random()::text), 20) AS text
+      FROM generate_series(1, 150000) AS n`)
+    const large = await makeSet('--only', 'database')
+    await sql('DROP TABLE ballast')
+    const small = join(own.folder, 'small')
+    await mkdir(small)
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=1g', 'tmpfs', small])
+    try {
+      await own.set({ POSTGRES_VOLUME: small })
+      const { outcome } = own.begin('data', ['restore', large, '--yes'], ({ event, step }) => {
+        if (event === 'step' && step === '2/6') void run(['fallocate', '-l', '970M', join(small, 'full')])
+      })
+      const { code, events } = await outcome
+      expect(code).toBe(1)
+      expect(String(events.at(-1)?.error)).toContain('is almost full, so the restore gave up')
+    } finally {
+      await own.set({ POSTGRES_VOLUME: site.folders.postgres })
+      await run(['umount', small])
+      await rm(small, { recursive: true })
+    }
+    expect(await state()).toEqual(current)
+    await expectNothingHalfMade()
+  })
+
+  test('is the last one for undo also when the clock went backwards', async () => {
+    const before = await state()
+    const future = join(site.folders.uploads, ownFolder, '20990101_000000')
+    await mkdir(future)
+    await writeFile(join(future, 'plan.undone'), '{"withDatabase":false}\n')
+    const spoilt = await spoil()
+    const restored = resultOf(await mustSucceed(own.begin('data', ['restore', set, '--yes']).outcome))
+    expect(restored.restore).toBe('20990101_000001')
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+    expect(await state()).toEqual(spoilt)
+    expect(spoilt).not.toEqual(before)
+  })
+
+  test('keeps what it replaced for RESTORE_KEEP_DAYS, then prune removes it', async () => {
+    const ids = async () =>
+      (await readdir(join(site.folders.uploads, ownFolder))).filter((id) => !id.startsWith('2099'))
+    // The set that the tests restore is not the newest of this day.
+    await rename(setFolder(site, set), join(own.folder, 'aside'))
+    await mustSucceed(own.run('data', 'prune'))
+    expect((await ids()).length).toBeGreaterThan(0)
+    await own.set({ RESTORE_KEEP_DAYS: '0' })
+    await sleep(1100)
+    await mustSucceed(own.run('data', 'prune'))
+    await own.set({ RESTORE_KEEP_DAYS: '7' })
+    await rename(join(own.folder, 'aside'), setFolder(site, set))
+    expect(await ids()).toEqual([])
+    expect(
+      await sql("SELECT count(*) FROM pg_database WHERE datname ~ '(replaced|undone)_2026'", 'postgres'),
+    ).toBe('0')
   })
 
   test('asks first, and without a terminal wants --yes', async () => {
@@ -369,4 +460,54 @@ describe('killed with -9', () => {
       await expectNothingHalfMade()
     },
   )
+})
+
+describe('a lost server', () => {
+  test('comes back on a bare one from a set, its application and three commands', async () => {
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    const file = join(own.folder, 'exported.tar')
+    await mustSucceed(own.run('data', 'export', set, file))
+    const passwords = await settingOf(own, 'POSTGRES_PASSWORD')
+
+    await run(compose(site, '--profile', '*', 'down', '--volumes', '--timeout', '5'))
+    const bare = ['.env', 'strapi/.env', 'uploads', 'postgresql', 'backups', 'traffic', '.state']
+    for (const name of bare) await rm(join(own.folder, name), { recursive: true, force: true })
+    await run(['tar', '-xf', file, '-C', own.folder])
+
+    await writeFile(own.envFile, '')
+    const outcome = await mustSucceed(
+      own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'),
+    )
+    expect(outcome.stdout).toMatch(/Now: .*setup.*\nThen: .*deploy/)
+    expect(await settingOf(own, 'POSTGRES_PASSWORD')).toBe(passwords)
+    expect(outcome.stdout).not.toContain(passwords)
+    expect(await state()).toEqual(saved)
+    await mustSucceed(own.run('setup'))
+    await mustSucceed(own.run('deploy'))
+    await logIn(own.url)
+    await expectServed()
+    expect((await fetch(`${own.url}${picture.url}`)).status).toBe(200)
+    // Twice is as good as once.
+    await mustSucceed(own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'))
+    await expectServed()
+  })
+
+  test('does not come back without its application, and nothing is written', async () => {
+    const envFile = join(own.folder, 'empty.env')
+    await writeFile(envFile, '')
+    await rename(site.source, `${site.source}.away`)
+    const argv = [
+      join(projectRoot, 'scripts/data.mts'),
+      '--env-file',
+      envFile,
+      'restore',
+      '--new-host',
+      join(own.folder, set),
+    ]
+    const failure = await run([process.execPath, ...argv, '--yes']).catch((error: Error) => error.message)
+    await rename(`${site.source}.away`, site.source)
+    expect(failure).toContain('exit code 2')
+    expect(failure).toContain('the application is not in')
+    expect(await readFile(envFile, 'utf8')).toBe('')
+  })
 })

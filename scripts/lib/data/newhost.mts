@@ -155,7 +155,7 @@ function merged(own: string | undefined, theirs: string, keepOwn: boolean): stri
   const known = parse(own ?? '')
   const values = Object.fromEntries(Object.entries(parse(theirs)).filter(([key]) => !(keepOwn && known[key])))
   if ('STRAPI_VERSION' in values) values.STRAPI_VERSION = known.STRAPI_VERSION || 'latest'
-  return setValues(own ?? theirs, values)
+  return setValues(own?.trim() ? own : theirs, values)
 }
 
 async function readConfig(tarPath: string): Promise<Map<string, Buffer>> {

@@ -48,6 +48,9 @@ import { openSnapshot } from './snapshot.mts'
 import { mendRestore, needPostgresql, needRoot, newId, runningSchema, takeBack } from './undo.mts'
 import { differentRows } from './verify.mts'
 
+/** Four segments of PostgreSQL's log. */
+const leastFreeBytes = 64 * 2 ** 20
+
 export interface Request {
   set: string
   parts: Part[]
@@ -226,27 +229,21 @@ async function restoreDatabase(job: Job): Promise<void> {
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
   const isForeign = settings !== undefined && settings.owner !== owner
   if (isForeign) detail(`what belonged to ${settings.owner} belongs to ${owner} now`)
-  let bytes = 0
-  const measuring = setInterval(() => {
-    void run(query(postgresql, 'postgres', `SELECT pg_database_size('${incoming}')`)).then(
-      (answer) => (bytes = Number(answer)),
-      () => undefined,
-    )
-  }, 2000)
+  const disk = watchDisk(job)
   try {
-    const options = { timeoutMs: 12 * 3_600_000, signal: interrupted }
     const restoring = tools.restoreFile(postgresql, {
       database: incoming,
       file,
       jobs: Math.min(4, availableParallelism()),
       owner: isForeign ? owner : undefined,
     })
+    const options = { timeoutMs: 12 * 3_600_000, signal: AbortSignal.any([interrupted, disk.full]) }
     await alive(
-      () => `restoring, ${megabytes(bytes)}`,
+      () => `restoring, ${megabytes(disk.restoredBytes)}`,
       () => run(restoring, options),
     )
   } finally {
-    clearInterval(measuring)
+    disk.stop()
     await run(tools.removeIncoming(postgresql, [file]))
   }
   // What the server thinks of its tables is in no dump; without it the first visitors would get slow plans.
@@ -258,6 +255,27 @@ async function restoreDatabase(job: Job): Promise<void> {
   if (!job.accept.includes('damaged'))
     throw new Error(`the dump does not hold what its manifest says: ${different.join('; ')}`)
   for (const line of different) warn(`accepted: ${line}`)
+}
+
+/** PostgreSQL stops altogether when it cannot write its log: the restore has to give up before that. */
+function watchDisk({ site, postgresql }: Job) {
+  const controller = new AbortController()
+  const watch = { full: controller.signal, restoredBytes: 0, stop: () => clearInterval(timer) }
+  const look = async () => {
+    const { bavail, bsize } = await statfs(site.folders.postgres)
+    if (bavail * bsize < leastFreeBytes)
+      controller.abort(
+        new Problem(
+          exitCodes.failed,
+          `the disk of ${site.folders.postgres} is almost full, so the restore gave up; nothing was changed`,
+          'Make room, then run it again.',
+        ),
+      )
+    const size = await run(query(postgresql, 'postgres', `SELECT pg_database_size('${incoming}')`))
+    watch.restoredBytes = Number(size)
+  }
+  const timer = setInterval(() => void look().catch(() => undefined), 1000)
+  return watch
 }
 
 async function unpackUploads(job: Job): Promise<void> {

@@ -19,6 +19,7 @@ const mode = { json: false, dryRun: false, quiet: false }
 const interruption = new AbortController()
 let result: Record<string, unknown> = {}
 const recent: string[] = []
+let isPassing = false
 
 /** Aborted by Ctrl-C, SIGTERM or a lost terminal. Waits end with it; commands under way are let finish. */
 export const interrupted = interruption.signal
@@ -39,6 +40,7 @@ export function isDryRun(): boolean {
 
 /** A line for people, or one object for programs. */
 export function say(message: string, event = 'info', fields: Record<string, unknown> = {}): void {
+  clearPassing()
   recent.push(message)
   if (recent.length > 50) recent.shift()
   if (mode.json) {
@@ -80,17 +82,34 @@ export async function change(what: string, action: () => Promise<unknown>): Prom
   else await action()
 }
 
-/** Shows that a long action lives: a line every 15 s. `latest` says what it is at. */
+/** Shows that a long action lives: on a terminal all the time, else by a line every 15 s. `latest` says what it is at. */
 export async function alive<T>(latest: () => string, action: () => Promise<T>): Promise<T> {
   const startedAt = Date.now()
-  const timer = setInterval(() => {
-    detail(`… ${Math.round((Date.now() - startedAt) / 1000)} s ${latest()}`.trimEnd())
-  }, 15_000)
+  const onTerminal = process.stdout.isTTY && process.env.TERM !== 'dumb' && !mode.json && !mode.quiet
+  const show = () => {
+    const line = `… ${Math.round((Date.now() - startedAt) / 1000)} s ${latest()}`.trimEnd()
+    if (onTerminal) showPassing(`      ${line}`)
+    else detail(line)
+  }
+  const timer = setInterval(show, onTerminal ? 500 : 15_000)
   try {
     return await action()
   } finally {
     clearInterval(timer)
+    clearPassing()
   }
+}
+
+/** A line that the next one replaces. */
+function showPassing(line: string): void {
+  clearPassing()
+  process.stdout.write(line.slice(0, (process.stdout.columns || 80) - 1))
+  isPassing = true
+}
+
+function clearPassing(): void {
+  if (isPassing) process.stdout.write('\r\u{1b}[2K')
+  isPassing = false
 }
 
 /** Waits, but not through an interruption. @throws AbortError */

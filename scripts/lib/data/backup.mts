@@ -1,5 +1,6 @@
 /** Makes a backup set: one state of database and uploads, and the configuration. Nothing is stopped. */
 import { createHmac } from 'node:crypto'
+import { statSync } from 'node:fs'
 import { readFile, statfs, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { run } from '../command.mts'
@@ -74,7 +75,11 @@ export async function makeBackup(site: Site, parts: Part[]): Promise<Backup> {
   const folder = await stageSet(site, name)
   try {
     const manifest = await fill(site, { name, folder, parts, createdAt, database })
-    const wrong = await wrongSums(folder)
+    const progress = { bytes: 0 }
+    const wrong = await alive(
+      () => `reading back, ${megabytes(progress.bytes)}`,
+      () => wrongSums(folder, progress),
+    )
     if (wrong.length > 0) throw new Error(`what was written reads back differently: ${wrong.join('; ')}`)
     interrupted.throwIfAborted()
     await commitSet(site, name)
@@ -187,7 +192,7 @@ async function dumpDatabase(
   ]
   for (const { argv, from, to } of written) {
     await alive(
-      () => `dumping ${to}`,
+      () => `dumping ${to}, ${megabytes(sizeOf(join(incomingFolder(site), from)))}`,
       () => run(argv, options),
     )
     await run(tools.takeOver(database, from, owner))
@@ -199,6 +204,10 @@ async function dumpDatabase(
       written.map(({ from }) => from),
     ),
   )
+}
+
+function sizeOf(path: string): number {
+  return statSync(path, { throwIfNoEntry: false })?.size ?? 0
 }
 
 /** Id of PostgreSQL's container, or undefined while it does not answer. */

@@ -4,7 +4,6 @@ import { createReadStream } from 'node:fs'
 import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
-import { pipeline } from 'node:stream/promises'
 
 export const format = 1
 
@@ -72,10 +71,13 @@ const sumsName = 'SHA256SUMS'
 /** Every name that a set may hold. */
 export const setFiles = new Set([...Object.values(filesOfPart).flat(), 'RECOVERY.md', manifestName, sumsName])
 
-/** Size and SHA-256 of a file, read from the disk. */
-export async function sumOf(path: string): Promise<FileSum> {
+/** Size and SHA-256 of a file, read from the disk. @param progress counts the bytes on the way */
+export async function sumOf(path: string, progress = { bytes: 0 }): Promise<FileSum> {
   const hash = createHash('sha256')
-  await pipeline(createReadStream(path, { highWaterMark: 1 << 20 }), hash)
+  for await (const part of createReadStream(path, { highWaterMark: 1 << 20 })) {
+    hash.update(part as Buffer)
+    progress.bytes += (part as Buffer).length
+  }
   return { sizeBytes: (await stat(path)).size, sha256: hash.digest('hex') }
 }
 
@@ -114,7 +116,7 @@ export async function readManifest(folder: string): Promise<Manifest> {
  * Reads every byte of a set.
  * @returns what is wrong with it, one sentence each; empty when all sums are right
  */
-export async function wrongSums(folder: string): Promise<string[]> {
+export async function wrongSums(folder: string, progress = { bytes: 0 }): Promise<string[]> {
   const manifest = await readManifest(folder).catch((error: Error) => {
     if (error instanceof Damage) return error
     throw error
@@ -128,7 +130,7 @@ export async function wrongSums(folder: string): Promise<string[]> {
       wrong.push(`${name} is missing`)
       continue
     }
-    const found = await sumOf(join(folder, name))
+    const found = await sumOf(join(folder, name), progress)
     if (found.sizeBytes !== wanted.sizeBytes) {
       wrong.push(`${name} has ${found.sizeBytes} bytes instead of ${wanted.sizeBytes}`)
     } else if (found.sha256 !== wanted.sha256) wrong.push(`${name} is not what was written`)

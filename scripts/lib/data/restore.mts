@@ -7,6 +7,7 @@
 import { link, statfs, stat } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { join } from 'node:path'
+import { logTail } from '../actions.mts'
 import { agree } from '../agree.mts'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
@@ -26,8 +27,9 @@ import {
   step,
   warn,
 } from '../report.mts'
-import { composeCommand, scriptCommand, type Site } from '../settings.mts'
+import { composeCommand, scriptCommand, type Site, type SlotName } from '../settings.mts'
 import { observe } from '../slots.mts'
+import { flagged } from '../traffic.mts'
 import { megabytes, secretsPrint } from './backup.mts'
 import {
   createDatabase,
@@ -48,6 +50,8 @@ import { openSnapshot } from './snapshot.mts'
 import { mendRestore, needPostgresql, needRoot, newId, runningSchema, takeBack } from './undo.mts'
 import { differentRows } from './verify.mts'
 
+/** For a slot that runs to serve again after the swap. */
+const patienceMs = 15_000
 /** Four segments of PostgreSQL's log. */
 const leastFreeBytes = 64 * 2 ** 20
 
@@ -118,9 +122,10 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
 async function prepare(site: Site, request: Request): Promise<Job> {
   needRoot(site.envFile, `restore ${request.set}`)
   const folder = setFolder(site, request.set)
+  const progress = { bytes: 0 }
   const wrong = await alive(
-    () => `reading ${request.set}`,
-    () => wrongSums(folder),
+    () => `reading ${request.set}, ${megabytes(progress.bytes)}`,
+    () => wrongSums(folder, progress),
   )
   const manifest = await readManifest(folder).catch((error: unknown) => {
     throw refusal(site, request.set, [explain(error)], [])
@@ -298,31 +303,35 @@ async function swapDatabases({ site, id, set, postgresql }: Job): Promise<void> 
 /** @throws Problem when visitors were served well before, and are not now */
 async function stillServed(job: Job): Promise<void> {
   const { site } = job
-  const { master, slave, flag } = await observe(site)
-  if ((flag === 'strapi-slave' ? slave : master).status !== 'healthy')
-    return warn(
-      job.wasServing
-        ? `${flag} is not healthy right now`
-        : `${flag} did not run well before, so nothing is known of it`,
-    )
-  // Strapi has to find out that its connections are gone.
-  const deadline = Date.now() + 15_000
+  const slot = flagged(site)
+  if (!job.wasServing) return warn(`${slot} did not run well before, so nothing is known of it`)
+  const failure = await failureToServe(site, slot)
+  if (failure === undefined) return
+  if (job.accept.includes('other-schema')) return warn(explain(failure))
+  const log = await logTail(site, slot)
+  await takeBack(site, job.id, job.postgresql)
+  throw new Problem(
+    exitCodes.failed,
+    `${slot} did not serve with ${job.set}, so it was taken back: visitors are served as before\n${log}`,
+    `Look at: ${composeCommand(site, `logs ${slot}`)}`,
+    failure,
+  )
+}
+
+/** Gives it time to find out that its connections are gone, and to boot when that was too much for it. */
+async function failureToServe(site: Site, slot: SlotName): Promise<unknown> {
+  const startedAt = Date.now()
   for (;;) {
-    const failure = await smoke(site, flag).then(
+    const { master, slave } = await observe(site)
+    const { status } = slot === 'strapi-slave' ? slave : master
+    const failure = await (
+      status === 'healthy' ? smoke(site, slot) : Promise.reject(new Error(`${slot} is ${status}`))
+    ).then(
       () => undefined,
       (error: unknown) => error,
     )
-    if (failure === undefined) return
-    if (Date.now() > deadline) {
-      if (!job.wasServing || job.accept.includes('other-schema')) return warn(explain(failure))
-      await takeBack(site, job.id, job.postgresql)
-      throw new Problem(
-        exitCodes.failed,
-        `${flag} did not serve with ${job.set}, so it was taken back: visitors are served as before`,
-        `Look at: ${composeCommand(site, `logs ${flag}`)}`,
-        failure,
-      )
-    }
+    if (failure === undefined) return undefined
+    if (Date.now() - startedAt > (status === 'booting' ? site.health.timeoutMs : patienceMs)) return failure
     await pause(200)
   }
 }

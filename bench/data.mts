@@ -204,13 +204,16 @@ async function measureGaps(own: OwnSite): Promise<Gaps> {
       [['undo', '--yes'], gaps.undoMs],
     ] as const) {
       const load = startLoad({ url: own.url, getsPerSecond: 200, postsPerSecond: 0 })
-      await sleep(1000)
-      await script(own, 'data', ...command)
-      await sleep(1000)
-      const { longestGapMs, sent, lost } = await load.stop()
-      into.push(longestGapMs)
-      gaps.sent += sent
-      gaps.failed += lost.length
+      try {
+        await sleep(1000)
+        await script(own, 'data', ...command)
+        await sleep(1000)
+      } finally {
+        const { longestGapMs, sent, lost } = await load.stop()
+        into.push(longestGapMs)
+        gaps.sent += sent
+        gaps.failed += lost.length
+      }
     }
   }
   return gaps

@@ -2,9 +2,9 @@
 import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { parseArgs } from 'node:util'
-import { markCommands, endOrphans, orphans } from './lib/command.mts'
-import { endBackupLeftovers, makeBackup, megabytes } from './lib/data/backup.mts'
+import { makeBackup, megabytes } from './lib/data/backup.mts'
 import { bytesOf, findSet, lookAtSets } from './lib/data/catalogue.mts'
+import { exclusively } from './lib/data/exclusive.mts'
 import { acceptable, type Acceptable } from './lib/data/fitness.mts'
 import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
 import { restoreNewHost } from './lib/data/newhost.mts'
@@ -14,12 +14,12 @@ import { restoreSet } from './lib/data/restore.mts'
 import { incomingFolder, removeSet, setFolder } from './lib/data/sets.mts'
 import { schedule, unschedule } from './lib/data/schedule.mts'
 import { exportSet, importSet } from './lib/data/transfer.mts'
-import { mendRestore, removeOldRestores, undoRestore, type Mended } from './lib/data/undo.mts'
+import { removeOldRestores, undoRestore } from './lib/data/undo.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
 import { rememberVerified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
-import { detail, exitCodes, Problem, say, warn } from './lib/report.mts'
+import { exitCodes, Problem, say, warn } from './lib/report.mts'
 import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from './lib/settings.mts'
 
 const usage = `
@@ -83,6 +83,8 @@ const commands: Record<string, Command> = {
 const forEvery = ['dry-run', 'env-file', 'wait', 'quiet', 'json']
 
 await report.main(async () => {
+  // Whatever root's shell or cron has: what may be read says so, and what is secret, too.
+  process.umask(0o022)
   const { values: options, positionals } = parseArgs({
     args: report.scriptArguments(),
     allowPositionals: true,
@@ -164,7 +166,7 @@ interface Wish {
 
 async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
   const parts = only ?? [...allParts]
-  await locked(site, 'backup', waitMs, async () => {
+  await exclusively(site, 'backup', waitMs, async () => {
     await report.change(
       `write ${parts.join(', ')} to a set in ${site.folders.backups}, and read it back`,
       async () => {
@@ -186,18 +188,6 @@ function degraded(site: Site, name: string, missing: string[]): Problem {
     `the set ${name} was written, but it lacks:${shown.join('')}${more}`,
     `Rows that refer to files which are gone can be removed in the media library. The set: ${setFolder(site, name)}`,
   )
-}
-
-async function endLeftovers(site: Site): Promise<Mended> {
-  const left = await orphans(site.project)
-  if (left.length > 0) {
-    detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
-    await endOrphans(site.project)
-  }
-  for (const found of await endBackupLeftovers(site)) detail(`an earlier run left ${found}: removed`)
-  const mended = await mendRestore(site)
-  for (const found of mended.found) detail(`an earlier run left ${found}`)
-  return mended
 }
 
 async function list(site: Site): Promise<void> {
@@ -227,7 +217,7 @@ async function list(site: Site): Promise<void> {
 }
 
 async function prune(site: Site, { waitMs }: Wish): Promise<void> {
-  await locked(site, 'prune', waitMs, async () => {
+  await exclusively(site, 'prune', waitMs, async () => {
     const { sets, unreadable } = await lookAtSets(site)
     for (const line of unreadable) warn(`stays: ${line}`)
     const looked = sets.map(({ name, manifest, last }) =>
@@ -249,26 +239,6 @@ async function prune(site: Site, { waitMs }: Wish): Promise<void> {
   })
 }
 
-/** Under the lock of the site, with what an earlier run left removed first. */
-async function locked(
-  site: Site,
-  command: string,
-  waitMs: number,
-  action: (mended: Mended) => Promise<void>,
-): Promise<void> {
-  const lock = report.isDryRun() ? undefined : await takeLock(site.project, command, waitMs)
-  try {
-    markCommands(site.project)
-    let mended: Mended = { found: [] }
-    await report.change('mend what an earlier run left half-made', async () => {
-      mended = await endLeftovers(site)
-    })
-    await action(mended)
-  } finally {
-    lock?.release()
-  }
-}
-
 async function restore(site: Site, { only, words, waitMs, accept, isAgreed }: Wish): Promise<void> {
   if (only?.includes('config'))
     throw new Problem(
@@ -276,20 +246,27 @@ async function restore(site: Site, { only, words, waitMs, accept, isAgreed }: Wi
       'the configuration of a set is not put in place of a live one',
       'Its config.tar can be unpacked anywhere, see RECOVERY.md in the set.',
     )
-  await locked(site, 'restore', waitMs, async () => {
+  await exclusively(site, 'restore', waitMs, async () => {
     const name = await findSet(site, words[0], only ?? ['database', 'uploads'])
     const held = await readManifest(setFolder(site, name)).then(
       ({ parts }) => parts.filter((part) => part !== 'config'),
       // Read again there, and refused.
-      (): Part[] => [],
+      (): Part[] => ['database'],
     )
-    await restoreSet(site, { set: name, parts: only ?? held, accept, isAgreed })
+    const wanted = only ?? held
+    if (wanted.length === 0)
+      throw new Problem(
+        exitCodes.usage,
+        `${name} holds neither database nor uploads`,
+        `See: ${scriptCommand('data', site.envFile, 'list')}`,
+      )
+    await restoreSet(site, { set: name, parts: wanted, accept, isAgreed })
   })
 }
 
 async function undo(site: Site, { waitMs, accept, isAgreed }: Wish): Promise<void> {
-  await locked(site, 'undo', waitMs, async ({ undone }) => {
-    if (undone !== undefined) return say(`Done: restore ${undone} was already being taken back.`)
+  await exclusively(site, 'undo', waitMs, async ({ takenBack }) => {
+    if (takenBack !== undefined) return say(`Done: ${takenBack}.`)
     await undoRestore(site, { accept, isAgreed })
   })
 }
@@ -307,7 +284,7 @@ async function exportTo(site: Site, { words: [set, file = ''] }: Wish): Promise<
 }
 
 async function importFrom(site: Site, { words: [file = ''], waitMs }: Wish): Promise<void> {
-  await locked(site, 'import', waitMs, async () => {
+  await exclusively(site, 'import', waitMs, async () => {
     await report.change(`take a set from ${resolve(file)}`, async () => {
       const name = await importSet(site, resolve(file))
       await rememberVerified(site, { set: name, deep: false, wrong: [] })

@@ -109,8 +109,8 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
       schemaBefore,
       isRollback: rollback !== undefined,
     }
-    // Where only slave serves, this release has booted already.
-    if (situation.way !== 'resume' && schemaBefore) await act.backUpDatabase(site)
+    // A release that serves has booted already. Where nothing serves, PostgreSQL is started first.
+    if (situation.way !== 'first' && release !== situation.live) await act.backUpDatabase(site)
     switch (situation.way) {
       case 'first':
         return await startFirst(run)
@@ -208,7 +208,11 @@ async function finishFromSlave(run: Run, proof?: Proof): Promise<Proof> {
 /** Nothing serves: PostgreSQL and Redis, then master straight away. */
 async function startFirst(run: Run): Promise<undefined> {
   const { site, release } = run
-  await step('2/7', 'Nothing serves yet: start PostgreSQL and Redis, no slave', () => act.startServices(site))
+  await step('2/7', 'Nothing serves yet: start PostgreSQL and Redis, no slave', async () => {
+    await act.startServices(site)
+    await mendRestores(site)
+    await act.backUpDatabase(site)
+  })
   try {
     await step('5/7', `Start master on ${release}`, () => act.start(site, 'strapi-master', release))
     await step('6/7', 'Wait until master is healthy', () => fitForVisitors(run, 'strapi-master'))
@@ -257,7 +261,11 @@ async function endLeftovers(site: Site): Promise<void> {
     detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
     await endOrphans(site.project)
   }
-  if ((await pendingExchanges(site)).length === 0) return
+  await mendRestores(site)
+}
+
+async function mendRestores(site: Site): Promise<void> {
+  if (report.isDryRun() || (await pendingExchanges(site)).length === 0) return
   for (const found of (await mendRestore(site)).found) detail(`an earlier run left ${found}`)
 }
 

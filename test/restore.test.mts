@@ -228,11 +228,11 @@ describe('a restore', () => {
     await sql('DROP TABLE ballast')
     const small = join(own.folder, 'small')
     await mkdir(small)
-    await run(['mount', '-t', 'tmpfs', '-o', 'size=1g', 'tmpfs', small])
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=3g', 'tmpfs', small])
     try {
       await own.set({ POSTGRES_VOLUME: small })
       const { outcome } = own.begin('data', ['restore', large, '--yes'], ({ event, step }) => {
-        if (event === 'step' && step === '2/6') void run(['fallocate', '-l', '970M', join(small, 'full')])
+        if (event === 'step' && step === '2/6') void run(['fallocate', '-l', '2700M', join(small, 'full')])
       })
       const { code, events } = await outcome
       expect(code).toBe(1)

@@ -66,6 +66,8 @@ export async function backUpDatabase(site: Site): Promise<void> {
   if (!site.backupBeforeDeploy) return
   await change(`back up the database to ${site.folders.backups}`, async () => {
     try {
+      if (!(await holdsStrapi(site)))
+        return detail('no Strapi has used this database yet: nothing to back up')
       await endBackupLeftovers(site).catch((error: unknown) => warn(explain(error)))
       const { name } = await makeBackup(site, ['database'])
       await rememberVerified(site, { set: name, deep: false, wrong: [] })
@@ -81,6 +83,13 @@ export async function backUpDatabase(site: Site): Promise<void> {
       )
     }
   })
+}
+
+/** @throws Error when PostgreSQL cannot be asked */
+async function holdsStrapi(site: Site): Promise<boolean> {
+  const [found] = await engine.serviceContainers(site.project, 'postgresql')
+  const sql = "SELECT to_regclass('public.strapi_database_schema') IS NOT NULL"
+  return (await run(compose.query(found?.Id ?? '', site.database.name, sql))).trim() === 't'
 }
 
 /** Before a slot is started beside one that serves: nobody may fall back on it or be on the way to it. */

@@ -2,7 +2,7 @@
 import { createInterface } from 'node:readline/promises'
 import { exitCodes, interrupted, Problem } from './report.mts'
 
-/** @throws Problem (usage) without a terminal, or when the answer is not "yes" */
+/** @throws Problem (usage) without a terminal, or when the answer is not "yes"; (interrupted) without an answer */
 export async function agree(question: string, isAgreed: boolean): Promise<void> {
   if (isAgreed) return
   if (!process.stdin.isTTY || !process.stdout.isTTY)
@@ -11,6 +11,10 @@ export async function agree(question: string, isAgreed: boolean): Promise<void> 
   try {
     const answer = await terminal.question(`${question}? Type "yes": `, { signal: interrupted })
     if (answer.trim() !== 'yes') throw new Problem(exitCodes.usage, 'nothing was changed')
+  } catch (error) {
+    // Ctrl-C, Ctrl-D.
+    if (!(error instanceof Error) || error.name !== 'AbortError') throw error
+    throw new Problem(exitCodes.interrupted, 'interrupted; nothing was changed')
   } finally {
     terminal.close()
   }

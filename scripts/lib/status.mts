@@ -1,11 +1,12 @@
 /** The state of a site on one screen. Needs no lock and changes nothing. */
+import { pendingExchanges } from './data/exchange.mts'
 import { describeHolder, lockHolder } from './lock.mts'
 import * as engine from './engine.mts'
 import { goodReleases, readHistory, trail, type Entry } from './history.mts'
 import { describeFigures } from './proof.mts'
 import { addToResult, say } from './report.mts'
 import { findHandMade } from './releases.mts'
-import { composeCommand, scriptCommand, type Site, type SlotName } from './settings.mts'
+import { asRoot, composeCommand, scriptCommand, type Site, type SlotName } from './settings.mts'
 import { observe, type Observed, type SlotState } from './slots.mts'
 import { describeRepair, recognise } from './state.mts'
 import { differences, isAlone, obstacleTo, selected } from './traffic.mts'
@@ -49,7 +50,10 @@ export async function showStatus(site: Site): Promise<void> {
       `by hand        ${handMade.takenName} was built by hand; it is not what runs, and the next deploy renames it`,
     )
   if (holder) say(`running now    ${describeHolder(holder)}`)
-  else sayUnfinished(site, now, trail(history))
+  else {
+    sayUnfinished(site, now, trail(history))
+    await sayRestores(site)
+  }
 }
 
 function slotLine(site: Site, slot: SlotName, state: SlotState): string {
@@ -89,6 +93,13 @@ function describeEntry(entry: Entry): string {
   }
   const figures = entry.figures ? `; ${describeFigures(entry.figures)}` : ''
   return `${entry.at.slice(0, 19).replace('T', ' ')} UTC, ${entry.release}, ${words[entry.result]}${entry.seconds ? ` in ${entry.seconds} s` : ''}${figures}${entry.why ? `: ${entry.why}` : ''}`
+}
+
+async function sayRestores(site: Site): Promise<void> {
+  for (const { id, stage } of await pendingExchanges(site))
+    say(
+      `\nrestore ${id} was interrupted (${stage}); it is mended by: ${asRoot(scriptCommand('data', site.envFile))}`,
+    )
 }
 
 /** Half-finished states by name, with the command that mends them. */

@@ -217,20 +217,26 @@ export async function healthyPostgresql(site: Site): Promise<string | undefined>
     ?.Id
 }
 
-/** Id of PostgreSQL's container; one that is just starting gets half a minute. @throws Problem when it does not answer */
-export async function reachDatabase(site: Site): Promise<string> {
+/** The same; one that is just starting gets half a minute. */
+export async function startingPostgresql(site: Site): Promise<string | undefined> {
   for (let waitedMs = 0; ; waitedMs += 500) {
     const [one] = await engine.serviceContainers(site.project, 'postgresql')
-    if (one?.State.Health?.Status === 'healthy') return one.Id
-    if (one?.State.Health?.Status !== 'starting' || waitedMs >= 30_000) {
-      throw new Problem(
-        exitCodes.failed,
-        `PostgreSQL does not run (${one?.State.Status ?? 'no container'}); nothing was backed up`,
-        `Start it: ${composeCommand(site, 'up -d postgresql')}\nOr back up what can be: --only config`,
-      )
-    }
+    if (one?.State.Status !== 'running') return undefined
+    if (one.State.Health?.Status === 'healthy') return one.Id
+    if (one.State.Health?.Status !== 'starting' || waitedMs >= 30_000) return undefined
     await pause(500)
   }
+}
+
+/** @throws Problem when it does not answer */
+export async function reachDatabase(site: Site): Promise<string> {
+  const id = await startingPostgresql(site)
+  if (id !== undefined) return id
+  throw new Problem(
+    exitCodes.failed,
+    'PostgreSQL does not run; nothing was backed up',
+    `Start it: ${composeCommand(site, 'up -d postgresql')}\nOr back up what can be: --only config`,
+  )
 }
 
 /** A dump is smaller than its database; uploads and the rest are as large as they are. @throws Problem before anything is written */

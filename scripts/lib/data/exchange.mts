@@ -24,7 +24,8 @@ export interface Plan {
   changed: Map<string, FileSum>
   /** What only the folder has. */
   surplus: string[]
-  same: number
+  /** What is as in the set already, with what tells whether it still is. */
+  same: Map<string, FileSum & { look: string }>
 }
 
 export type Stage = 'staging' | (typeof stages)[number]
@@ -37,20 +38,26 @@ export interface Exchange {
 interface PlanLine {
   name: string
   do: 'add' | 'change' | 'remove'
+  /** Size and time of what takes its place. */
+  look?: string | undefined
 }
 
 const stages = ['planned', 'done', 'undoing', 'undone'] as const
 const planName = (at: Exclude<Stage, 'staging'>) => `plan.${at}`
 
-/** Compares, and changes nothing. @throws Error when the set's list holds a name that no set may hold */
-export async function planExchange(site: Site, setFolder: string): Promise<Plan> {
+/**
+ * Compares, and changes nothing.
+ * @param missing sentences of the manifest; what the set should have and has not stays as it is
+ * @throws Error when the set's list holds a name that no set may hold
+ */
+export async function planExchange(site: Site, setFolder: string, missing: string[]): Promise<Plan> {
   const wanted = new Map<string, FileSum>()
   for await (const { name, sizeBytes, sha256 } of uploadLines(setFolder)) {
     const unsafe = unsafeName(name)
     if (unsafe) throw new Error(`uploads.jsonl: ${JSON.stringify(name)} ${unsafe}`)
     wanted.set(name, { sizeBytes, sha256 })
   }
-  const plan: Plan = { added: new Map(wanted), changed: new Map(), surplus: [], same: 0 }
+  const plan: Plan = { added: new Map(wanted), changed: new Map(), surplus: [], same: new Map() }
   const top = site.folders.uploads
   for await (const name of filesBelow(top)) {
     const sum = wanted.get(name)
@@ -60,9 +67,14 @@ export async function planExchange(site: Site, setFolder: string): Promise<Plan>
       plan.added.delete(name)
       const isSame =
         found.isFile() && found.size === sum.sizeBytes && (await sumOf(join(top, name))).sha256 === sum.sha256
-      if (isSame) plan.same += 1
+      if (isSame) plan.same.set(name, { ...sum, look: lookOf(found) })
       else plan.changed.set(name, sum)
-    } else if (found.isFile() && unsafeName(name) === undefined) plan.surplus.push(name)
+    } else if (
+      found.isFile() &&
+      unsafeName(name) === undefined &&
+      !missing.some((sentence) => sentence.startsWith(`uploads/${name} `))
+    )
+      plan.surplus.push(name)
   }
   return plan
 }
@@ -83,25 +95,10 @@ export async function stage(
   // Anybody may see that there is one, nobody but root what is in it.
   await mkdir(folder, { recursive: true, mode: 0o755 })
   for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name), { mode: 0o700 })
-  const needed = new Map([...plan.added, ...plan.changed])
-  const folders = new Set(['.', ...[...needed.keys()].map(dirname)])
-  for (const one of folders) await mkdir(join(folder, 'incoming', one), { recursive: true })
-  const right = new Set<string>()
-  await readArchive(tarPath, (file) => {
-    const sum = needed.get(file.name)
-    return (
-      sum &&
-      unpack(join(folder, 'incoming', file.name), file, (sha256) => {
-        if (sha256 === sum.sha256) right.add(file.name)
-      })
-    )
-  })
-  const wrong = [...needed.keys()].filter((name) => !right.has(name))
-  if (wrong.length > 0)
-    throw new Error(`uploads.tar does not hold what uploads.jsonl says: ${wrong.slice(0, 5).join(', ')}`)
+  const looks = await unpackAll(folder, new Map([...plan.added, ...plan.changed]), tarPath)
   const lines: PlanLine[] = [
-    ...[...plan.added.keys()].map((name) => ({ name, do: 'add' as const })),
-    ...[...plan.changed.keys()].map((name) => ({ name, do: 'change' as const })),
+    ...[...plan.added.keys()].map((name) => ({ name, do: 'add' as const, look: looks.get(name) })),
+    ...[...plan.changed.keys()].map((name) => ({ name, do: 'change' as const, look: looks.get(name) })),
     ...plan.surplus.map((name) => ({ name, do: 'remove' as const })),
   ]
   const text = [{ withDatabase: exchange.withDatabase }, ...lines].map((line) => JSON.stringify(line))
@@ -109,6 +106,52 @@ export async function stage(
   await writeSynced(join(folder, 'plan'), 'w', `${text.join('\n')}\n`)
   await rename(join(folder, 'plan'), join(folder, planName('planned')))
   await syncFolder(folder)
+}
+
+/**
+ * After the swap: what was the same when the plan was made, and has been replaced or deleted since, comes back as well.
+ * @returns how many files
+ */
+export async function stageLate(site: Site, id: string, plan: Plan, tarPath: string): Promise<number> {
+  const late = new Map<string, FileSum>()
+  for (const [name, { look, ...sum }] of plan.same) {
+    const found = await lstat(join(site.folders.uploads, name)).catch(() => undefined)
+    if (!found || lookOf(found) !== look) late.set(name, sum)
+  }
+  if (late.size === 0) return 0
+  const folder = folderOf(site, id)
+  const looks = await unpackAll(folder, late, tarPath)
+  const lines = [...late.keys()].map((name): PlanLine => ({ name, do: 'change', look: looks.get(name) }))
+  const text = lines.map((line) => `${JSON.stringify(line)}\n`).join('')
+  await writeSynced(join(folder, planName('planned')), 'a', text)
+  return late.size
+}
+
+/** @returns the look of each file @throws Error when one is not what the list says */
+async function unpackAll(
+  folder: string,
+  needed: Map<string, FileSum>,
+  tarPath: string,
+): Promise<Map<string, string>> {
+  const folders = new Set(['.', ...[...needed.keys()].map(dirname)])
+  for (const one of folders) await mkdir(join(folder, 'incoming', one), { recursive: true })
+  const right = new Map<string, string>()
+  await readArchive(tarPath, (file) => {
+    const sum = needed.get(file.name)
+    const onEnd = (sha256: string) => {
+      if (sha256 === sum?.sha256)
+        right.set(file.name, lookOf({ size: file.sizeBytes, mtimeMs: file.mtimeMs }))
+    }
+    return sum && unpack(join(folder, 'incoming', file.name), file, onEnd)
+  })
+  const wrong = [...needed.keys()].filter((name) => !right.has(name))
+  if (wrong.length > 0)
+    throw new Error(`uploads.tar does not hold what uploads.jsonl says: ${wrong.slice(0, 5).join(', ')}`)
+  return right
+}
+
+function lookOf({ size, mtimeMs }: { size: number; mtimeMs: number }): string {
+  return `${size} ${Math.round(mtimeMs)}`
 }
 
 /** A later version of the same name overwrites an earlier one, as `tar` does. */
@@ -151,12 +194,27 @@ export async function putBack(site: Site, id: string): Promise<void> {
   for (const line of await readPlan(site, id)) await replace(site, line.name, id, 'replaced', 'undone')
 }
 
-/** What the exchange had brought leaves. */
+/** What the exchange had brought leaves, unless it never got to its place. */
 export async function takeAdded(site: Site, id: string): Promise<void> {
   for (const line of await readPlan(site, id)) {
-    if (line.do === 'add') await takeAway(site, line.name, id, 'undone')
+    const wasPut = !(await exists(join(folderOf(site, id), 'incoming', line.name)))
+    if (line.do === 'add' && wasPut) await takeAway(site, line.name, id, 'undone')
   }
   await proceed(site, id, 'undone')
+}
+
+/** Before a restore that was killed is taken back, maybe hours later: what was replaced again since stays as it is now. */
+export async function keepWhatIsNewer(site: Site, id: string): Promise<void> {
+  for (const { name, look } of await readPlan(site, id)) {
+    const folder = folderOf(site, id)
+    const before = join(folder, 'replaced', name)
+    const wasPut = look !== undefined && !(await exists(join(folder, 'incoming', name)))
+    const found = await lstat(join(site.folders.uploads, name)).catch(() => undefined)
+    if (!wasPut || !found || lookOf(found) === look) continue
+    if (!(await exists(before))) continue
+    await mkdir(dirname(join(folder, 'undone', name)), { recursive: true })
+    await rename(before, join(folder, 'undone', name))
+  }
 }
 
 /** All exchanges that left a folder, oldest first. */

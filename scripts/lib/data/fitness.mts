@@ -26,6 +26,8 @@ export interface Circumstances {
   /** Of the release that runs; undefined when none does, or nothing is known of it. */
   schemaHash: string | undefined
   runningRelease: string | undefined
+  /** Whether the image of the set's release is still here. */
+  hasRelease: boolean
 }
 
 /** Everything that speaks against it, at once. */
@@ -52,7 +54,7 @@ export function obstacles(manifest: Manifest, site: Circumstances): Obstacle[] {
   if (hasDatabase && site.schemaHash !== undefined && manifest.schemaHash !== site.schemaHash)
     found.push({
       accept: 'other-schema',
-      sentence: `its database schema is that of release ${manifest.release ?? 'unknown'}, and ${site.runningRelease ?? 'another one'} runs; it would have to be deployed right afterwards`,
+      sentence: `its database schema is that of release ${manifest.release ?? 'unknown'}, and ${site.runningRelease ?? 'another one'} runs; ${site.hasRelease ? 'it would have to be deployed right afterwards' : 'its image is not here any more: build that version first'}`,
     })
   return found
 }

@@ -106,10 +106,31 @@ export async function readManifest(folder: string): Promise<Manifest> {
   } catch (error) {
     throw new Damage(`${manifestName} cannot be read`, { cause: error })
   }
+  if (typeof manifest !== 'object' || manifest === null) throw new Damage(`${manifestName} cannot be read`)
   if (manifest.format !== format) {
     throw new Damage(`${manifestName} is of format ${String(manifest.format)}, this program reads ${format}`)
   }
+  const wrong = shapeProblem(manifest)
+  if (wrong) throw new Damage(`${manifestName} ${wrong}`)
   return manifest as Manifest
+}
+
+function shapeProblem(manifest: Partial<Manifest>): string | undefined {
+  const { createdAt, parts: held, missing, files, database } = manifest
+  if (typeof createdAt !== 'string' || Number.isNaN(Date.parse(createdAt)))
+    return 'does not say when it was made'
+  if (!Array.isArray(held) || held.some((part) => !parts.includes(part))) return 'does not say what it holds'
+  if (!Array.isArray(missing)) return 'does not say what is missing'
+  if (typeof files !== 'object') return 'lists no files'
+  const names = ['RECOVERY.md', ...held.flatMap((part) => filesOfPart[part])]
+  const isListed = Object.keys(files).length === names.length && names.every((name) => name in files)
+  if (!isListed) return `does not list ${names.join(', ')}`
+  const isCounted = Object.values(files).every(
+    ({ sizeBytes, sha256 }) => typeof sizeBytes === 'number' && typeof sha256 === 'string',
+  )
+  if (!isCounted) return 'lacks sums'
+  if (held.includes('database') && typeof database?.rows !== 'object') return 'counts no rows'
+  return undefined
 }
 
 /**

@@ -1,18 +1,20 @@
 /** A lost server from a bare one and a set: configuration first, then database and uploads. The application is there already. */
 import { existsSync } from 'node:fs'
-import { chown, copyFile, mkdir, writeFile } from 'node:fs/promises'
-import { dirname, join, resolve } from 'node:path'
+import { chown, mkdir, writeFile } from 'node:fs/promises'
+import { dirname, join, relative, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { startServices } from '../actions.mts'
 import { agree } from '../agree.mts'
 import { run } from '../command.mts'
 import { readText, setValues, writeEnv } from '../envfile.mts'
 import { makeFolders, strapiUid } from '../folders.mts'
-import { takeLock } from '../lock.mts'
 import { alive, detail, exitCodes, isDryRun, Problem, say, step } from '../report.mts'
 import { writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
+import { invokingUser } from '../users.mts'
 import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from '../settings.mts'
+import { observe } from '../slots.mts'
 import { reachDatabase } from './backup.mts'
+import { exclusively } from './exclusive.mts'
 import type { Acceptable } from './fitness.mts'
 import { readManifest, wrongSums, type Manifest } from './manifest.mts'
 import * as tools from './postgresql.mts'
@@ -47,18 +49,16 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
   if (isDryRun()) return say('Nothing was changed.')
   await agree(`Set this host up from ${folder}`, request.isAgreed)
 
-  const lock = await takeLock(
-    parse(found.settings).COMPOSE_PROJECT_NAME ?? '',
-    'restore --new-host',
-    request.waitMs,
-  )
-  try {
+  // Also checks the settings before they are written.
+  const planned = await loadSite(envFile, { text: found.settings })
+  await refuseLiveSite(planned)
+  await exclusively(planned, 'restore --new-host', request.waitMs, async () => {
     const site = await step('2/4', 'Settings of the set', () => writeSettings(request, found))
     const set = await step('3/4', 'Folders, PostgreSQL and Redis', async () => {
       await makeFolders(site)
       const name = await alive(
         () => 'taking the set over',
-        () => importFolder(site, folder),
+        () => importFolder(site, folder, accept),
       )
       await startServices(site)
       await run(tools.setPassword(await reachDatabase(site)))
@@ -69,9 +69,18 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
     say(
       `Now: ${asRoot(scriptCommand('setup', envFile, '--install'))}\nThen: ${scriptCommand('deploy', envFile)}`,
     )
-  } finally {
-    lock.release()
-  }
+  })
+}
+
+/** Its passwords and settings would be changed under it. @throws Problem (usage) */
+async function refuseLiveSite(site: Site): Promise<void> {
+  const { master, slave } = await observe(site)
+  if ([master, slave].every(({ status }) => status === 'absent' || status === 'stopped')) return
+  throw new Problem(
+    exitCodes.usage,
+    'this host runs the site already; nothing was changed',
+    `To restore a set on it: ${scriptCommand('data', site.envFile, 'restore SET')}`,
+  )
 }
 
 /** Everything that can be known before anything is written. @throws Problem */
@@ -89,6 +98,13 @@ async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise
       'Give the folder of a set; an exported one is unpacked with: tar -xf FILE',
     )
   const manifest = await readManifest(folder)
+  const lost = manifest.missing.filter((sentence) => sentence.startsWith('uploads/'))
+  if (lost.length > 0 && !accept.includes('incomplete'))
+    throw new Problem(
+      exitCodes.usage,
+      `${folder} lacks ${lost.length} uploads, the first: ${lost[0]}; nothing was changed`,
+      'Take another set, or add: --accept incomplete',
+    )
   if (!manifest.parts.includes('config'))
     throw new Problem(
       exitCodes.usage,
@@ -110,25 +126,34 @@ async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise
 
 async function writeSettings({ envFile, keepSettings }: NewHost, { config, settings }: Found): Promise<Site> {
   await mkdir(dirname(envFile), { recursive: true })
-  await replaceText(envFile, settings)
+  const stateDir = resolve(dirname(envFile), '.state')
+  await replaceText(envFile, settings, stateDir)
   // What this version of the project needs and the set does not know yet.
   const site = await loadSite(envFile, { text: await writeDockerEnv(envFile) })
   const application = join(site.source, '.env')
   await replaceText(
     application,
     merged(await readText(application), config.get('strapi/.env')?.toString() ?? '', keepSettings),
+    stateDir,
   )
   await writeApplicationEnv(site)
   await writeCredentials(site, config)
   return site
 }
 
-/** The old text is kept beside it. */
-async function replaceText(path: string, text: string): Promise<void> {
+/** The old text is kept in the folder of what is remembered. */
+async function replaceText(path: string, text: string, stateDir: string): Promise<void> {
   const before = await readText(path)
   if (before === text) return detail(`${path} is as in the set`)
-  if (before !== undefined) await copyFile(path, `${path}.before-restore`)
+  if (before?.trim()) {
+    await mkdir(stateDir, { recursive: true, mode: 0o700 })
+    const kept = join(stateDir, `${relative(projectRoot, path).replaceAll(/[^\w.-]+/g, '-')}.before-restore`)
+    await writeEnv(kept, before)
+    detail(`what was in ${path} is in ${kept}`)
+  }
   await writeEnv(path, text)
+  const user = invokingUser()
+  if (before === undefined && user) await chown(path, user.uid, user.gid)
   const names = Object.keys(parse(text)).filter((key) => parse(before ?? '')[key] !== parse(text)[key])
   detail(`${path}: ${before === undefined ? 'written' : `changed ${names.join(', ')}`}`)
 }

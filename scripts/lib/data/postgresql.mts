@@ -52,11 +52,13 @@ export const readDump = (containerId: string) => [
   '--file=/dev/null',
 ]
 
-/** Restores a dump from stdin into a database that is empty. */
+/** Restores a dump from stdin into a database that is empty, whatever roles it names. */
 export const restoreDump = (containerId: string, database: string) => [
   ...asSuperuser(containerId, '--interactive'),
   'pg_restore',
   '--exit-on-error',
+  '--no-owner',
+  '--no-acl',
   '--dbname',
   database,
 ]
@@ -92,14 +94,33 @@ export const takeOver = (containerId: string, file: string, owner: string) => {
   return [...asRoot(containerId), 'chown', owner, `/backup/${file}`]
 }
 
+/** What holds a password must not be in the server's log. */
+export const unlogged = `SET log_min_duration_statement = -1;
+SET log_min_error_statement = panic;`
+
+/** Runs a file of the folder that both sides see, as the superuser. */
+export const runFile = (containerId: string, file: string) => [
+  'docker',
+  'exec',
+  '--user=root',
+  '--env=PGUSER=postgres',
+  containerId,
+  'psql',
+  '--no-psqlrc',
+  '--quiet',
+  '--set=ON_ERROR_STOP=1',
+  '--set=VERBOSITY=terse',
+  '--dbname=postgres',
+  `--file=/backup/${file}`,
+]
+
 /** Gives the role in the container's environment the password that is there, too, where PostgreSQL was made with another one. */
 export const setPassword = (containerId: string) => [
   ...asSuperuser(containerId),
   'sh',
   '-c',
   `psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --set=VERBOSITY=terse --dbname=postgres << 'SQL'
-SET log_min_duration_statement = -1;
-SET log_min_error_statement = panic;
+${unlogged}
 \\getenv user POSTGRES_USER
 \\getenv password POSTGRES_PASSWORD
 SELECT format('CREATE ROLE %I LOGIN', :'user') WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'user') \\gexec

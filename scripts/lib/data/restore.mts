@@ -28,6 +28,7 @@ import {
   warn,
 } from '../report.mts'
 import { composeCommand, scriptCommand, type Site, type SlotName } from '../settings.mts'
+import { imageOf } from '../releases.mts'
 import { observe } from '../slots.mts'
 import { flagged } from '../traffic.mts'
 import { megabytes, secretsPrint } from './backup.mts'
@@ -47,13 +48,22 @@ import { readManifest, wrongSums, type Manifest, type Part } from './manifest.mt
 import * as tools from './postgresql.mts'
 import { incomingFolder, setFolder } from './sets.mts'
 import { openSnapshot } from './snapshot.mts'
-import { mendRestore, needPostgresql, needRoot, newId, runningSchema, takeBack } from './undo.mts'
+import { createMissingRoles } from './roles.mts'
+import {
+  mendRestore,
+  needPostgresql,
+  needRoot,
+  refusePending,
+  newId,
+  runningSchema,
+  takeBack,
+} from './undo.mts'
 import { differentRows } from './verify.mts'
 
 /** For a slot that runs to serve again after the swap. */
 const patienceMs = 15_000
-/** Four segments of PostgreSQL's log. */
-const leastFreeBytes = 64 * 2 ** 20
+/** A second of writing at full speed, and some segments of PostgreSQL's log. */
+const leastFreeBytes = 512 * 2 ** 20
 
 export interface Request {
   set: string
@@ -73,7 +83,7 @@ interface Job extends Request {
   databases: Databases
   uploads: exchange.Plan | undefined
   release: string | undefined
-  /** Whether visitors were served well before. */
+  /** Whether visitors were served well before, what reads the database included. */
   wasServing: boolean
 }
 
@@ -105,6 +115,7 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
       )
     if (withDatabase) await step('5/6', 'Swap the databases', () => swapDatabases(job))
     await step('6/6', 'See that visitors are served, take surplus uploads out', async () => {
+      if (job.uploads) await putLate(job, job.uploads)
       await stillServed(job)
       if (withUploads) await exchange.takeSurplus(site, job.id)
     })
@@ -138,6 +149,7 @@ async function prepare(site: Site, request: Request): Promise<Job> {
       `Restore what it has with --only, or take another one: ${scriptCommand('data', site.envFile, 'list')}`,
     )
   const postgresql = await needPostgresql(site)
+  await refusePending(site)
   const databases = await readDatabases(site, postgresql)
   const { master, slave, flag } = await observe(site)
   const serving = flag === 'strapi-slave' ? slave : master
@@ -151,6 +163,7 @@ async function prepare(site: Site, request: Request): Promise<Job> {
     secrets: await secretsPrint(site, manifest.createdAt),
     schemaHash: await runningSchema(site, serving.release),
     runningRelease: serving.release,
+    hasRelease: manifest.release !== undefined && (await imageOf(site, manifest.release)) !== undefined,
   })
   const refused = found.filter(({ accept }) => !request.accept.includes(accept))
   if (refused.length > 0)
@@ -173,11 +186,11 @@ async function prepare(site: Site, request: Request): Promise<Job> {
     uploads: withUploads
       ? await alive(
           () => 'comparing the uploads',
-          () => exchange.planExchange(site, folder),
+          () => exchange.planExchange(site, folder, manifest.missing),
         )
       : undefined,
     release: serving.release,
-    wasServing: serving.status === 'healthy',
+    wasServing: serving.status === 'healthy' && (await isServing(site, flag)),
   }
   await needSpace(job)
   return job
@@ -198,6 +211,13 @@ function refusal(site: Site, set: string, sentences: string[], accept: Acceptabl
   )
 }
 
+async function isServing(site: Site, slot: SlotName): Promise<boolean> {
+  return await smoke(site, slot).then(
+    () => true,
+    () => false,
+  )
+}
+
 function describe(job: Job): void {
   const { manifest, uploads, site } = job
   const taken = `${manifest.createdAt.slice(0, 16).replace('T', ' ')} UTC`
@@ -210,7 +230,7 @@ function describe(job: Job): void {
   }
   if (uploads)
     detail(
-      `uploads: ${uploads.added.size} come back, ${uploads.changed.size} get other bytes, ${uploads.surplus.length} are taken out and kept, ${uploads.same} stay`,
+      `uploads: ${uploads.added.size} come back, ${uploads.changed.size} get other bytes, ${uploads.surplus.length} are taken out and kept, ${uploads.same.size} stay`,
     )
   addToResult({
     set: job.set,
@@ -218,7 +238,7 @@ function describe(job: Job): void {
       added: uploads.added.size,
       changed: uploads.changed.size,
       surplus: uploads.surplus.length,
-      same: uploads.same,
+      same: uploads.same.size,
     },
   })
 }
@@ -231,6 +251,8 @@ async function restoreDatabase(job: Job): Promise<void> {
   if (settings?.parameters?.length)
     await run(query(postgresql, 'postgres', setParameters(incoming, settings.parameters)))
   const file = `${id}.dump`
+  const created = await createMissingRoles(site, postgresql, job.folder, id)
+  if (created.length > 0) detail(`created the roles ${created.join(', ')}, as in the set`)
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
   const isForeign = settings !== undefined && settings.owner !== owner
   if (isForeign) detail(`what belonged to ${settings.owner} belongs to ${owner} now`)
@@ -279,25 +301,32 @@ function watchDisk({ site, postgresql }: Job) {
     const size = await run(query(postgresql, 'postgres', `SELECT pg_database_size('${incoming}')`))
     watch.restoredBytes = Number(size)
   }
-  const timer = setInterval(() => void look().catch(() => undefined), 1000)
+  const timer = setInterval(() => void look().catch(() => undefined), 500)
   return watch
 }
 
 async function unpackUploads(job: Job): Promise<void> {
-  const { site, id, uploads, folder } = job
-  if (!uploads) return
+  const { site, id, folder, manifest } = job
   const { withDatabase } = partsOf(job)
+  // Visitors went on while the dump was restored.
+  const uploads = await exchange.planExchange(site, folder, manifest.missing)
+  job.uploads = uploads
   await alive(
     () => `unpacking ${megabytes(exchange.bytesOf(uploads))}`,
     () => exchange.stage(site, { id, withDatabase }, uploads, join(folder, 'uploads.tar')),
   )
 }
 
+/** What editors replaced or deleted between the plan and the swap. */
+async function putLate({ site, id, folder }: Job, uploads: exchange.Plan): Promise<void> {
+  const late = await exchange.stageLate(site, id, uploads, join(folder, 'uploads.tar'))
+  if (late > 0) await exchange.putIncoming(site, id)
+}
+
 async function swapDatabases({ site, id, set, postgresql }: Job): Promise<void> {
   const { live } = await readDatabases(site, postgresql)
   const names = { live: site.database.name, from: incoming, to: keptName('replaced', id) }
-  const sql = swap({ ...names, hasLive: live !== undefined, comment: restoredComment(id, set) })
-  await run(query(postgresql, 'postgres', sql))
+  await swap(postgresql, { ...names, hasLive: live !== undefined, comment: restoredComment(id, set) })
 }
 
 /** @throws Problem when visitors were served well before, and are not now */
@@ -308,6 +337,13 @@ async function stillServed(job: Job): Promise<void> {
   const failure = await failureToServe(site, slot)
   if (failure === undefined) return
   if (job.accept.includes('other-schema')) return warn(explain(failure))
+  if (partsOf(job).withDatabase && !job.databases.live)
+    throw new Problem(
+      exitCodes.degraded,
+      `${job.set} is live, but ${slot} does not serve with it; there was no database before`,
+      `Look at: ${composeCommand(site, `logs ${slot}`)}`,
+      failure,
+    )
   const log = await logTail(site, slot)
   await takeBack(site, job.id, job.postgresql)
   throw new Problem(
@@ -336,29 +372,43 @@ async function failureToServe(site: Site, slot: SlotName): Promise<unknown> {
   }
 }
 
-/** Nothing was changed, or all was taken back, or the new state stays and the next run finishes it. */
+/** Nothing was changed, or all was taken back, or the new state is live, or nobody knows yet. */
 async function notRestored(job: Job, error: unknown): Promise<unknown> {
   const { site } = job
-  const mended = await mendRestore(site).catch((failure: unknown) => {
-    warn(`what is left is mended by the next run: ${explain(failure)}`)
-    return { found: [] }
-  })
-  for (const line of mended.found) detail(line)
-  if (error instanceof Problem && error.code === exitCodes.failed) return error
-  const isLive = await readDatabases(site, job.postgresql).then(
-    ({ live }) => live?.restoredBy === job.id,
-    () => false,
-  )
-  if (isLive)
+  // Told already.
+  if (error instanceof Problem && error.code !== exitCodes.interrupted) {
+    await mendRestore(site).catch((failure: unknown) => warn(explain(failure)))
+    return error
+  }
+  const code = interrupted.aborted ? exitCodes.interrupted : exitCodes.failed
+  const why = interrupted.aborted ? 'interrupted' : `${job.set} was not restored`
+  try {
+    for (const line of (await mendRestore(site)).found) detail(line)
+    await refusePending(site)
+    if (!(await isLive(job))) return new Problem(code, `${why}; nothing was changed`, '', error)
     return new Problem(
-      exitCodes.degraded,
-      `${job.set} is live, but not everything around it was done`,
+      interrupted.aborted ? exitCodes.interrupted : exitCodes.degraded,
+      `${interrupted.aborted ? 'interrupted' : 'not everything went well'}, and ${job.set} is live`,
       `Back to what was before: ${scriptCommand('data', site.envFile, 'undo')}`,
       error,
     )
-  if (interrupted.aborted)
-    return new Problem(exitCodes.interrupted, 'interrupted; nothing was changed', '', error)
-  return new Problem(exitCodes.failed, `${job.set} was not restored; nothing was changed`, '', error)
+  } catch (failure) {
+    warn(explain(failure))
+    return new Problem(
+      exitCodes.degraded,
+      `${why}; what is half done is finished or taken back by the next run`,
+      `See that PostgreSQL runs, then: ${scriptCommand('data', site.envFile)}`,
+      error,
+    )
+  }
+}
+
+/** @throws Error when PostgreSQL cannot be asked */
+async function isLive(job: Job): Promise<boolean> {
+  if (partsOf(job).withDatabase)
+    return (await readDatabases(job.site, job.postgresql)).live?.restoredBy === job.id
+  const own = (await exchange.readExchanges(job.site)).find(({ id }) => id === job.id)
+  return own?.stage === 'done'
 }
 
 function conclude(job: Job): void {
@@ -376,6 +426,11 @@ function partsOf({ parts }: Pick<Request, 'parts'>) {
   return { withDatabase: parts.includes('database'), withUploads: parts.includes('uploads') }
 }
 
+/** The database itself, and what PostgreSQL's log of it may grow to (max_wal_size). */
+function databaseNeeds(bytes: number): number {
+  return 1.2 * bytes + Math.min(bytes, 2 ** 30) + leastFreeBytes
+}
+
 /** A full disk would stop the live database. @throws Problem before anything is written */
 async function needSpace(job: Job): Promise<void> {
   const { site, manifest, uploads } = job
@@ -383,7 +438,7 @@ async function needSpace(job: Job): Promise<void> {
   const wants = [
     {
       folder: site.folders.postgres,
-      bytes: partsOf(job).withDatabase ? 1.2 * (manifest.database?.bytes ?? 6 * dump) : 0,
+      bytes: partsOf(job).withDatabase ? databaseNeeds(manifest.database?.bytes ?? 6 * dump) : 0,
     },
     { folder: site.folders.uploads, bytes: uploads ? exchange.bytesOf(uploads) : 0 },
   ]

@@ -72,24 +72,22 @@ function reasonsToKeep(sets: Known[], keep: Keep, now: Date): Map<string, string
   return reasons
 }
 
-/** Why nothing may go for now, or undefined: the newest set of some parts is damaged, or suspiciously small. */
+/** Why nothing may go for now, or undefined: the newest set that holds some file is damaged, or has much less of it. */
 export function alarmOf(sets: Known[], now: Date): string | undefined {
   const past = sets.filter(({ createdAt }) => createdAt <= now)
-  return kindsOf(past)
-    .map(alarmOfKind)
-    .find((alarm) => alarm !== undefined)
+  const files = new Set(past.flatMap(({ sizes }) => Object.keys(sizes)))
+  return [...files].map((file) => alarmOfFile(past, file)).find((alarm) => alarm !== undefined)
 }
 
-function alarmOfKind(sets: Known[]): string | undefined {
-  const newest = sets.at(-1)
-  const before = sets.slice(0, -1).findLast(({ isRight }) => isRight)
-  if (!newest) return undefined
-  if (newest.isRight === false) return `the newest set, ${newest.name}, is damaged: nothing goes`
-  const shrunk = Object.entries(before?.sizes ?? {})
-    .filter(([file, sizeBytes]) => sizeBytes > 100_000 && (newest.sizes[file] ?? 0) < sizeBytes / 2)
-    .map(([file]) => file)
-  return shrunk.length > 0
-    ? `${shrunk.join(', ')} of the newest set, ${newest.name}, has less than half its size before: nothing goes`
+/** Whatever else the sets hold: the first nightly one shows whether a deploy's database is small for good. */
+function alarmOfFile(sets: Known[], file: string): string | undefined {
+  const holders = sets.filter(({ sizes }) => file in sizes)
+  const newest = holders.at(-1)
+  const before = holders.slice(0, -1).findLast(({ isRight }) => isRight)
+  if (newest?.isRight === false) return `the newest set, ${newest.name}, is damaged: nothing goes`
+  const sizeBefore = before?.sizes[file] ?? 0
+  return newest && sizeBefore > 100_000 && (newest.sizes[file] ?? 0) < sizeBefore / 2
+    ? `${file} of the newest set, ${newest.name}, has less than half its size before: nothing goes`
     : undefined
 }
 

@@ -42,8 +42,8 @@ export async function schedule(site: Site, at: string): Promise<void> {
       `--at "${at}" is not five fields of cron`,
       'For example: --at "30 3 * * *"',
     )
-  await needCron(site)
   const text = cronFile(site, at)
+  await needCron(site, text)
   if (isDryRun()) say(text)
   await change(`write ${fileOf(site)}`, async () => {
     await refuseForeign(site)
@@ -63,27 +63,27 @@ export async function schedule(site: Site, at: string): Promise<void> {
     }
     detail(`wrote ${fileOf(site)}`)
   })
-  await change('run the backup once as cron would', () => tryAsCron(site))
+  await change('run backup and prune once as cron would', () => tryAsCron(site))
 }
 
 /** Without a terminal, from another folder, with nothing in the environment but what cron sets. */
 async function tryAsCron(site: Site): Promise<void> {
   const bare = ['env', '-i', 'HOME=/root', 'LOGNAME=root', 'SHELL=/bin/sh', `PATH=${path}`]
-  const job = `umask 077; cd /; ${cronCommand(site, 'backup')}`
-  try {
+  for (const command of ['backup', 'prune']) {
+    const job = `umask 077; cd /; ${cronCommand(site, command)}`
     await alive(
-      () => 'the backup runs as cron would run it',
+      () => `${command} runs as cron would run it`,
       () => run([...bare, '/bin/sh', '-c', job], { timeoutMs: 12 * 3_600_000 }),
-    )
-  } catch (error) {
-    throw new Problem(
-      exitCodes.degraded,
-      `${fileOf(site)} is in place, but the backup that it runs did not go well`,
-      `Mend what it says, then: ${scriptCommand('data', site.envFile, 'schedule')}`,
-      error,
-    )
+    ).catch((error: unknown) => {
+      throw new Problem(
+        exitCodes.degraded,
+        `${fileOf(site)} is in place, but its ${command} did not go well`,
+        `Mend what it says, then: ${scriptCommand('data', site.envFile, 'schedule')}`,
+        error,
+      )
+    })
   }
-  say(`Done: ${fileOf(site)} is in place, and its backup ran well.`)
+  say(`Done: ${fileOf(site)} is in place, and its backup and prune ran well.`)
 }
 
 /** Removes the file. Not being there is fine. */
@@ -102,13 +102,13 @@ async function refuseForeign(site: Site): Promise<void> {
   throw new Problem(exitCodes.usage, `${fileOf(site)} was written by somebody else`, 'Move it away.')
 }
 
-async function needCron(site: Site): Promise<void> {
+async function needCron(site: Site, text: string): Promise<void> {
   const daemon = await ask(['sh', '-c', `PATH=${path}; command -v cron || command -v crond`])
   if (daemon === undefined || !existsSync(site.cronDir))
     throw new Problem(
       exitCodes.usage,
       daemon === undefined ? 'there is no cron on this host' : `there is no ${site.cronDir} (CRON_DIR)`,
-      `Install it: ${asRoot('apt-get install cron')}\nThen: ${scriptCommand('data', site.envFile, 'schedule')}`,
+      `Install it: ${asRoot('apt-get install cron')}\nThen: ${scriptCommand('data', site.envFile, 'schedule')}\nOr let something else run these lines:\n${text}`,
     )
   if (!(await isRunning(['cron', 'crond'])))
     warn(`cron is installed, but does not run: ${asRoot('systemctl enable --now cron')}`)

@@ -1,15 +1,16 @@
 /** A set as one portable file, and back. The file is a plain tar of the set's folder. */
-import { closeSync, openSync, writeSync } from 'node:fs'
-import { cp, link, open, readdir, rm, stat, statfs } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { closeSync, existsSync, openSync, writeSync } from 'node:fs'
+import { cp, link, open, readdir, rename, rm, stat, statfs } from 'node:fs/promises'
+import { basename, dirname, join } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { syncFolder } from '../envfile.mts'
-import { alive, exitCodes, Problem } from '../report.mts'
+import { alive, exitCodes, interrupted, Problem } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
 import { megabytes } from './backup.mts'
+import type { Acceptable } from './fitness.mts'
 import { readManifest, setFiles, wrongSums } from './manifest.mts'
-import { commitSet, isSetName, listSets, newSetName, removePartial, setFolder, stageSet } from './sets.mts'
+import { commitSet, isSetName, listSets, newSetName, setFolder, stageSet } from './sets.mts'
 import { readArchive } from './untar.mts'
 
 /** Writes the set to a file that only its owner can read. @throws Problem, with no file left */
@@ -18,14 +19,14 @@ export async function exportSet(site: Site, name: string, file: string): Promise
     throw new Problem(exitCodes.usage, `${file} is there already`, 'Name another file, or remove it.')
   const folder = setFolder(site, name)
   const { files } = await readManifest(folder)
-  const partial = `${file}.partial`
-  await rm(partial, { force: true })
+  const partial = join(dirname(file), `.${basename(file)}.${process.pid}`)
   try {
+    const archive = createArchive(partial)
     await alive(
-      () => `writing ${file}`,
+      () => `writing ${file}, ${megabytes(archive.sizeBytes)}`,
       async () => {
-        const archive = createArchive(partial)
         for (const one of await readdir(folder)) {
+          interrupted.throwIfAborted()
           const added = await archive.addFile(join(folder, one), `${name}/${one}`)
           const isRight = 'sha256' in added && added.sha256 === (files[one]?.sha256 ?? added.sha256)
           if (!isRight) throw damaged(site, name, one)
@@ -39,8 +40,11 @@ export async function exportSet(site: Site, name: string, file: string): Promise
     } finally {
       await handle.close()
     }
-    // Unlike a rename, it never overwrites.
-    await link(partial, file)
+    // It never overwrites, as a rename would; disks without links have only that.
+    await link(partial, file).catch((error: NodeJS.ErrnoException) => {
+      if (error.code === 'EEXIST') throw error
+      return rename(partial, file)
+    })
     await syncFolder(dirname(file))
   } finally {
     await rm(partial, { force: true })
@@ -59,69 +63,81 @@ function damaged(site: Site, name: string, file: string): Problem {
 export async function importSet(site: Site, file: string): Promise<string> {
   const { size } = await stat(file)
   await needSpace(site, size)
-  let name: string | undefined
-  const taken = new Set<string>()
   try {
-    await alive(
+    const name = await alive(
       () => `reading ${file}`,
-      async () => {
-        name = await nameInside(file)
-        await refuseTwice(site, name)
-        const folder = await stageSet(site, name)
-        await readArchive(file, ({ name: path }) => {
-          const one = path.slice((name ?? '').length + 1)
-          if (path !== `${name}/${one}` || !setFiles.has(one) || taken.has(one))
-            throw new Error(`${JSON.stringify(path)} does not belong to a set`)
-          taken.add(one)
-          const target = openSync(join(folder, one), 'wx', 0o600)
-          return {
-            write(part) {
-              for (let written = 0; written < part.length;) written += writeSync(target, part, written)
-            },
-            end: () => closeSync(target),
-          }
-        })
-        await commitRight(site, name)
-      },
+      () => nameInside(file),
     )
+    await refuseTwice(site, name)
+    let bytes = 0
+    await staged(site, name, [], async (folder) => {
+      const taken = new Set<string>()
+      await alive(
+        () => `taking ${name}, ${megabytes(bytes)}`,
+        () =>
+          readArchive(file, ({ name: path }) => {
+            const one = path.slice(name.length + 1)
+            if (path !== `${name}/${one}` || !setFiles.has(one) || taken.has(one))
+              throw new Error(`${JSON.stringify(path)} does not belong to a set`)
+            taken.add(one)
+            const target = openSync(join(folder, one), 'wx', 0o600)
+            return {
+              write(part) {
+                for (let written = 0; written < part.length;) written += writeSync(target, part, written)
+                bytes += part.length
+              },
+              end: () => closeSync(target),
+            }
+          }),
+      )
+    })
+    return name
   } catch (error) {
-    if (name !== undefined && !(error instanceof Problem)) await removePartial(site, `.partial-${name}`)
     throw error instanceof Problem
       ? error
       : new Problem(exitCodes.failed, `${file} holds no set that can be taken; nothing was kept`, '', error)
   }
-  return name ?? ''
 }
 
 /** Takes a set that is a folder somewhere else. @returns its name */
-export async function importFolder(site: Site, folder: string): Promise<string> {
+export async function importFolder(site: Site, folder: string, accept: Acceptable[]): Promise<string> {
   const manifest = await readManifest(folder)
-  const files = [...Object.keys(manifest.files), 'manifest.json', 'SHA256SUMS']
-  const own = folder.split('/').at(-1) ?? ''
+  const own = basename(folder)
   const name = isSetName(own) ? own : await newSetName(site, new Date(manifest.createdAt))
   if (dirname(folder) === site.folders.backups) return own
   // Repeated after a kill, it is here already.
   const here = await readManifest(setFolder(site, name)).catch(() => undefined)
   if (here && isDeepStrictEqual(here, manifest)) return name
   await refuseTwice(site, name)
-  const staged = await stageSet(site, name)
-  try {
-    for (const one of files) {
-      if (!setFiles.has(one)) throw new Error(`${JSON.stringify(one)} does not belong to a set`)
-      await cp(join(folder, one), join(staged, one))
+  await staged(site, name, accept, async (target) => {
+    for (const one of setFiles) {
+      if (existsSync(join(folder, one))) await cp(join(folder, one), join(target, one))
     }
-    await commitRight(site, name)
-  } catch (error) {
-    await removePartial(site, `.partial-${name}`)
-    throw error
-  }
+  })
   return name
 }
 
-async function commitRight(site: Site, name: string): Promise<void> {
-  const wrong = await wrongSums(join(site.folders.backups, `.partial-${name}`))
-  if (wrong.length > 0) throw new Error(wrong.join('; '))
-  await commitSet(site, name)
+/** Makes a set of what `fill` puts into a folder, if it is right. Whatever goes wrong leaves nothing. */
+async function staged(
+  site: Site,
+  name: string,
+  accept: Acceptable[],
+  fill: (folder: string) => Promise<void>,
+): Promise<void> {
+  const folder = await stageSet(site, name)
+  try {
+    await fill(folder)
+    const progress = { bytes: 0 }
+    const wrong = await alive(
+      () => `reading back, ${megabytes(progress.bytes)}`,
+      () => wrongSums(folder, progress),
+    )
+    if (wrong.length > 0 && !accept.includes('damaged')) throw new Error(wrong.join('; '))
+    await commitSet(site, name)
+  } catch (error) {
+    await rm(folder, { recursive: true, force: true })
+    throw error
+  }
 }
 
 /** The one folder in the file. @throws Error when it does not begin with one of ours */

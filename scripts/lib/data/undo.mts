@@ -4,11 +4,11 @@ import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { recordedSchema } from '../history.mts'
 import { describeFigures, startProof } from '../proof.mts'
-import { addToResult, change, exitCodes, Problem, say, step } from '../report.mts'
+import { addToResult, change, exitCodes, Problem, say, step, warn } from '../report.mts'
 import { readSchema } from '../schema.mts'
 import { asRoot, composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
-import { healthyPostgresql, megabytes } from './backup.mts'
+import { healthyPostgresql, megabytes, startingPostgresql } from './backup.mts'
 import { incoming, keptName, readDatabases, swap, type Databases } from './databases.mts'
 import * as exchange from './exchange.mts'
 import type { Acceptable } from './fitness.mts'
@@ -20,6 +20,7 @@ export async function undoRestore(
 ): Promise<void> {
   needRoot(site.envFile, 'undo')
   const postgresql = await needPostgresql(site)
+  await refusePending(site)
   const last = await lastRestore(site, await readDatabases(site, postgresql))
   if (last.database !== undefined && !accept.includes('other-schema')) {
     const sql = 'SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1'
@@ -43,6 +44,13 @@ export async function undoRestore(
     const proof = await startProof(site)
     try {
       await step('1/1', `Take back restore ${last.id} (${what})`, () => takeBack(site, last.id, postgresql))
+    } catch (error) {
+      throw new Problem(
+        exitCodes.degraded,
+        `restore ${last.id} may be taken back by half`,
+        `The next run finishes it: ${scriptCommand('data', site.envFile, 'undo')}`,
+        error,
+      )
     } finally {
       const figures = await proof.stop()
       addToResult({ undone: last.id, figures })
@@ -82,7 +90,7 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
   const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
   if (before && live?.restoredBy === id) {
     const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
-    await run(query(postgresql, 'postgres', swap({ ...names, hasLive: true, comment: undefined })))
+    await swap(postgresql, { ...names, hasLive: true, comment: undefined })
   }
   if (files) await exchange.takeAdded(site, id)
 }
@@ -90,23 +98,30 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
 export interface Mended {
   /** In words. */
   found: string[]
-  /** Restore of which an undo was finished: who repeats it means this one, not the one before. */
-  undone?: string
+  /** A restore that is not live any more, in words: who types undo means this one, not the one before. */
+  takenBack?: string
 }
 
 /** Ends what a killed restore or undo left: back before the swap, forward after it. */
 export async function mendRestore(site: Site): Promise<Mended> {
   const exchanges = await exchange.pendingExchanges(site)
-  const postgresql = await healthyPostgresql(site)
+  if (exchanges.length > 0 && process.getuid?.() !== 0)
+    throw new Problem(
+      exitCodes.usage,
+      'a restore was interrupted, and only root can mend it',
+      asRoot(scriptCommand('data', site.envFile)),
+    )
+  const postgresql = await (exchanges.length > 0 ? startingPostgresql(site) : healthyPostgresql(site))
   if (postgresql === undefined)
     return {
       found: exchanges.map(({ id }) => `restore ${id} unfinished; that has to wait for PostgreSQL`),
     }
   const databases = await readDatabases(site, postgresql)
   const found: string[] = []
-  let undone: string | undefined
+  let takenBack: string | undefined
   if (databases.hasIncoming) {
     await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`))
+    takenBack = 'a restore that was interrupted before it was live is removed'
     found.push('a half-restored database: removed')
   }
   for (const { id, stage } of exchanges) {
@@ -115,34 +130,36 @@ export async function mendRestore(site: Site): Promise<Mended> {
       found.push(`unpacked uploads of restore ${id}: removed`)
     } else if (stage === 'undoing') {
       await takeBack(site, id, postgresql)
-      undone = id
+      takenBack = `restore ${id} is taken back, as it was asked for before`
       found.push(`an undo of restore ${id}: finished`)
     } else if (!(await exchange.isWithDatabase(site, id)) || databases.live?.restoredBy === id) {
       await exchange.putIncoming(site, id)
       await exchange.takeSurplus(site, id)
       found.push(`restore ${id}: finished`)
     } else {
+      await exchange.keepWhatIsNewer(site, id)
       await takeBack(site, id, postgresql)
-      await exchange.removeExchange(site, id)
+      takenBack = `restore ${id}, which was interrupted before it was live, is taken back`
       found.push(`restore ${id}: taken back`)
     }
   }
-  return { found, ...(undone === undefined ? {} : { undone }) }
+  return { found, ...(takenBack === undefined ? {} : { takenBack }) }
 }
 
 /** Removes what restores replaced before RESTORE_KEEP_DAYS. What is from the future stays. */
 export async function removeOldRestores(site: Site, now: Date): Promise<void> {
   const before = idOf(new Date(now.getTime() - site.restoreKeepDays * 86_400_000))
   const postgresql = await healthyPostgresql(site)
-  const { kept } = postgresql === undefined ? { kept: [] } : await readDatabases(site, postgresql)
-  for (const { name, id, bytes } of kept) {
-    if (id >= before || postgresql === undefined) continue
+  // Database and uploads of a restore go together or not at all.
+  if (postgresql === undefined) return warn('what restores replaced stays for now: PostgreSQL does not run')
+  for (const { name, id, bytes } of (await readDatabases(site, postgresql)).kept) {
+    if (id >= before) continue
     await change(`drop ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`, () =>
       run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`)),
     )
   }
-  for (const { id } of await exchange.readExchanges(site)) {
-    if (id < before)
+  for (const { id, stage } of await exchange.readExchanges(site)) {
+    if (id < before && (stage === 'done' || stage === 'undone'))
       await change(`remove uploads that restore ${id} replaced: older than RESTORE_KEEP_DAYS`, () =>
         exchange.removeExchange(site, id),
       )
@@ -170,6 +187,17 @@ export async function runningSchema(site: Site, release: string | undefined): Pr
   return ((await recordedSchema(site, release)) ?? (await readSchema(site)))?.hash
 }
 
+/** A restore on top of one that is half done would be torn apart by the mending. @throws Problem */
+export async function refusePending(site: Site): Promise<void> {
+  const [first] = await exchange.pendingExchanges(site)
+  if (first)
+    throw new Problem(
+      exitCodes.failed,
+      `restore ${first.id} was interrupted and could not be mended yet; nothing was changed`,
+      `See that PostgreSQL runs, then: ${scriptCommand('data', site.envFile)}`,
+    )
+}
+
 /** Files get the owner that the image needs, and the dump is read as root in the container. @throws Problem (usage) */
 export function needRoot(envFile: string, command: string): void {
   if (process.getuid?.() === 0) return
@@ -182,7 +210,7 @@ export function needRoot(envFile: string, command: string): void {
 
 /** @throws Problem when it does not run, or does not let us rename databases */
 export async function needPostgresql(site: Site): Promise<string> {
-  const id = await healthyPostgresql(site)
+  const id = await startingPostgresql(site)
   if (id === undefined)
     throw new Problem(
       exitCodes.failed,

@@ -7,6 +7,7 @@ import { query } from '../compose.mts'
 import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { healthyPostgresql, megabytes } from './backup.mts'
+import { createDatabase } from './databases.mts'
 import { readManifest, sumOf, uploadLines, wrongSums, type UploadLine } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
@@ -58,7 +59,8 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
   const postgresql = await needPostgresql(site)
   await needSpace(site, postgresql)
   await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}" WITH (FORCE)`))
-  await run(query(postgresql, 'postgres', `CREATE DATABASE "${scratch}" TEMPLATE template0`))
+  const create = createDatabase(scratch, 'postgres', manifest.database.settings)
+  await run(query(postgresql, 'postgres', create))
   try {
     const failure = await run(restoreDump(postgresql, scratch), {
       input: join(folder, 'database.dump'),

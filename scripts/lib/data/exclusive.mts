@@ -1,0 +1,39 @@
+/** One run at a time per site, and none on what an earlier one left half-made. */
+import { endOrphans, markCommands, orphans } from '../command.mts'
+import { takeLock } from '../lock.mts'
+import { change, detail, isDryRun } from '../report.mts'
+import type { Site } from '../settings.mts'
+import { endBackupLeftovers } from './backup.mts'
+import { mendRestore, type Mended } from './undo.mts'
+
+/** Runs an action under the lock of the site, with what a killed run left mended first. @throws Problem (locked) */
+export async function exclusively(
+  site: Site,
+  command: string,
+  waitMs: number,
+  action: (mended: Mended) => Promise<void>,
+): Promise<void> {
+  const lock = isDryRun() ? undefined : await takeLock(site.project, command, waitMs)
+  try {
+    markCommands(site.project)
+    let mended: Mended = { found: [] }
+    await change('mend what an earlier run left half-made', async () => {
+      mended = await endLeftovers(site)
+    })
+    await action(mended)
+  } finally {
+    lock?.release()
+  }
+}
+
+async function endLeftovers(site: Site): Promise<Mended> {
+  const left = await orphans(site.project)
+  if (left.length > 0) {
+    detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
+    await endOrphans(site.project)
+  }
+  for (const found of await endBackupLeftovers(site)) detail(`an earlier run left ${found}: removed`)
+  const mended = await mendRestore(site)
+  for (const found of mended.found) detail(`an earlier run left ${found}`)
+  return mended
+}

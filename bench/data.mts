@@ -117,7 +117,7 @@ async function measureArchives(site: Site): Promise<Times> {
         )
         await archive.pass()
         await archive.pass()
-        archive.close([])
+        await archive.close([])
       }),
     )
     times.other.push(await timed(tar('-czf', 'plain.tar.gz')))

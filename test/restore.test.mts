@@ -375,14 +375,11 @@ describe('a set that does not fit', () => {
     const folder = setFolder(site, copy)
     const tar = join(folder, 'uploads.tar')
     await unlink(tar)
-    const archive = createArchive(tar)
-    const added = await archive.addFile(join(folder, 'RECOVERY.md'), name)
-    archive.close()
-    if ('skipped' in added) throw new Error(added.skipped)
-    await writeFile(
-      join(folder, 'uploads.jsonl'),
-      `${JSON.stringify({ name, sizeBytes: added.sizeBytes, sha256: added.sha256 })}\n`,
-    )
+    let line = ''
+    const archive = createArchive(tar, (one) => (line = JSON.stringify(one)))
+    await archive.addFile(join(folder, 'RECOVERY.md'), name)
+    await archive.close()
+    await writeFile(join(folder, 'uploads.jsonl'), `${line}\n`)
     const sums = {
       'uploads.tar': await sumOf(tar),
       'uploads.jsonl': await sumOf(join(folder, 'uploads.jsonl')),
@@ -440,6 +437,17 @@ describe('killed with -9', () => {
     await mustSucceed(own.run('data', 'undo', '--yes'))
     expect(await state()).toEqual(spoilt)
     await expectServed()
+  })
+
+  test('before its swap, it is what undo means, not the restore before it', async () => {
+    const spoilt = await spoil()
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    await killed(['restore', set, '--yes'], '3/6', 'step-done')
+    const { stdout } = await mustSucceed(own.run('data', 'undo', '--yes'))
+    expect(stdout).toContain('interrupted before it was live')
+    expect(await state()).toEqual(saved)
+    await mustSucceed(own.run('data', 'undo', '--yes'))
+    expect(await state()).toEqual(spoilt)
   })
 
   test.each([0, 40, 80, 120, 160, 240])(

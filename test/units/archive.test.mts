@@ -33,7 +33,7 @@ test('an archive is what tar unpacks: content, time, long names, empty and large
     await utimes(join(folder, name), 1_700_000_000, 1_700_000_000)
     expect(await archive.addFile(join(folder, name), name)).toMatchObject({ sizeBytes: content.length })
   }
-  archive.close()
+  await archive.close()
   const to = await unpacked(folder)
   for (const [name, content] of files) {
     expect((await readFile(join(to, name))).equals(content), name).toBe(true)
@@ -54,7 +54,7 @@ test('what is no plain file is left out and named, and the archive goes on', asy
   expect(await add('pipe')).toEqual({ skipped: 'is not a plain file' })
   expect(await add('gone')).toEqual({ skipped: 'vanished while the backup ran' })
   expect(await add('last')).toMatchObject({ sizeBytes: 4 })
-  archive.close()
+  await archive.close()
   expect((await run(['ls', await unpacked(folder)])).trim()).toBe('last')
 })
 
@@ -73,7 +73,7 @@ test.each([
     for (let times = 0; times < 5; times += 1)
       results.push(await archive.addFile(changing, `changing-${times}`))
     await archive.addFile(join(folder, 'calm'), 'calm')
-    archive.close()
+    await archive.close()
     const to = await unpacked(folder)
     expect(await readFile(join(to, 'calm'), 'utf8')).toBe('calm')
     expect(results).toContainEqual({ skipped: 'changed each of the 5 times that it was read' })
@@ -104,7 +104,7 @@ test('uploads: a second pass adds what came or changed, keeps what vanished, and
   await unlink(join(uploads, 'deleted.png'))
   await archive.pass()
   const referenced = ['same.png', 'replaced.png', 'deleted.png', 'new.png', 'never.png']
-  expect(archive.close(referenced)).toMatchObject({
+  expect(await archive.close(referenced)).toMatchObject({
     files: 5,
     missing: ['uploads/never.png is not there'],
   })

@@ -158,7 +158,7 @@ async function takeState(site: Site, { name, folder, parts, database }: Job) {
   const snapshot = await openSnapshot(database, site.database.name)
   try {
     await archive()
-    const archived = uploads?.close(snapshot.uploads)
+    const archived = await uploads?.close(snapshot.uploads)
     if (parts.includes('database')) await dumpDatabase(site, database, snapshot, name, folder)
     return { state: parts.includes('database') ? snapshot : undefined, uploads: archived }
   } finally {

@@ -15,7 +15,7 @@ export async function archiveConfig(site: Site, tarPath: string): Promise<string
       if ('skipped' in added) missing.push(`${name} (${path}) ${added.skipped}`)
     }
   } finally {
-    archive.close()
+    await archive.close()
   }
   return missing
 }

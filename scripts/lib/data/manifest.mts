@@ -1,7 +1,7 @@
 /** What a backup set says about itself. */
 import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
-import { readdir, readFile, stat, writeFile } from 'node:fs/promises'
+import { open, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 
@@ -74,11 +74,20 @@ export const setFiles = new Set([...Object.values(filesOfPart).flat(), 'RECOVERY
 /** Size and SHA-256 of a file, read from the disk. @param progress counts the bytes on the way */
 export async function sumOf(path: string, progress = { bytes: 0 }): Promise<FileSum> {
   const hash = createHash('sha256')
-  for await (const part of createReadStream(path, { highWaterMark: 1 << 20 })) {
-    hash.update(part as Buffer)
-    progress.bytes += (part as Buffer).length
+  const file = await open(path, 'r')
+  try {
+    const { size: sizeBytes } = await file.stat()
+    // One buffer for all: a stream's many would stay in memory until somebody collects them.
+    const buffer = Buffer.allocUnsafe(Math.min(1 << 20, Math.max(sizeBytes, 1)))
+    for (;;) {
+      const { bytesRead } = await file.read(buffer, 0, buffer.length, null)
+      if (bytesRead === 0) return { sizeBytes, sha256: hash.digest('hex') }
+      hash.update(buffer.subarray(0, bytesRead))
+      progress.bytes += bytesRead
+    }
+  } finally {
+    await file.close()
   }
-  return { sizeBytes: (await stat(path)).size, sha256: hash.digest('hex') }
 }
 
 /** Writes the manifest, and the sums of all files in the form that `sha256sum -c` reads. */

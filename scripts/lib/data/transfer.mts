@@ -21,19 +21,20 @@ export async function exportSet(site: Site, name: string, file: string): Promise
   const { files } = await readManifest(folder)
   const partial = join(dirname(file), `.${basename(file)}.${process.pid}`)
   try {
-    const archive = createArchive(partial)
+    const found = new Map<string, string>()
+    const archive = createArchive(partial, (one) => found.set(one.name, one.sha256))
     await alive(
       () => `writing ${file}, ${megabytes(archive.sizeBytes)}`,
       async () => {
         for (const one of await readdir(folder)) {
           interrupted.throwIfAborted()
-          const added = await archive.addFile(join(folder, one), `${name}/${one}`)
-          const isRight = 'sha256' in added && added.sha256 === (files[one]?.sha256 ?? added.sha256)
-          if (!isRight) throw damaged(site, name, one)
+          await archive.addFile(join(folder, one), `${name}/${one}`)
         }
-        archive.close()
+        await archive.close()
       },
     )
+    for (const [one, { sha256 }] of Object.entries(files))
+      if (found.get(`${name}/${one}`) !== sha256) throw damaged(site, name, one)
     const handle = await open(partial, 'r')
     try {
       await handle.sync()

@@ -82,6 +82,10 @@ export async function readArchive(
     // Also what was refused has to flow, or the parser never ends.
     if (failures.length > 0) entry.resume()
   })
+  // What the parser itself would pass over.
+  parser.on('ignoredEntry', (entry: ReadEntry) =>
+    failures.push(new Error(`${JSON.stringify(entry.path)} is no plain file (${entry.type})`)),
+  )
   const failed = new Promise<void>((resolve) => {
     parser.on('error', (error: unknown) => {
       failures.push(error)

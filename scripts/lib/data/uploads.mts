@@ -1,10 +1,9 @@
 /** The uploads of a set: everything once, and then, beside the snapshot, what has come or changed meanwhile. */
-import { closeSync, openSync, writeFileSync } from 'node:fs'
+import { closeSync, openSync, statSync, writeFileSync } from 'node:fs'
 import { opendir, stat } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
-import type { UploadLine } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
 
 export interface UploadsArchive {
@@ -14,22 +13,25 @@ export interface UploadsArchive {
    * @param referenced names that a row of the snapshot refers to
    * @returns what is in the archive, and the names that should be and are not, each with the reason
    */
-  close(referenced: string[]): { files: number; bytes: number; missing: string[] }
+  close(referenced: string[]): Promise<{ files: number; bytes: number; missing: string[] }>
   readonly progress: { files: number; bytes: number }
 }
 
 /** Strapi writes a file before its row and removes it before its row, so a pass right after a snapshot has what it refers to. */
 export function archiveUploads(uploads: string, tarPath: string, listPath: string): UploadsArchive {
-  const archive = createArchive(tarPath)
   const list = openSync(listPath, 'wx', 0o600)
   let lines = ''
-  const known = new Map<string, Pick<Added, 'sizeBytes' | 'mtimeMs' | 'inode'>>()
+  const archive = createArchive(tarPath, (file) => {
+    lines += `${JSON.stringify(file)}\n`
+    if (lines.length > 65_536) flush()
+  })
+  const known = new Map<string, Added>()
   const skipped = new Map<string, string>()
 
   async function add(name: string): Promise<void> {
     interrupted.throwIfAborted()
     const before = known.get(name)
-    if (before && (await isSame(join(uploads, name), before))) return
+    if (before && isSame(join(uploads, name), before)) return
     const unsafe = unsafeName(name)
     const added = unsafe ? { skipped: unsafe } : await archive.addFile(join(uploads, name), name)
     if ('skipped' in added) {
@@ -38,9 +40,6 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
     }
     skipped.delete(name)
     known.set(name, added)
-    const line: UploadLine = { name, sizeBytes: added.sizeBytes, sha256: added.sha256 }
-    lines += `${JSON.stringify(line)}\n`
-    if (lines.length > 65_536) flush()
   }
 
   function flush(): void {
@@ -52,8 +51,8 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
     async pass() {
       for await (const name of filesBelow(uploads)) await add(name)
     },
-    close(referenced) {
-      archive.close()
+    async close(referenced) {
+      await archive.close()
       flush()
       closeSync(list)
       const lost = referenced.filter((name) => !known.has(name))
@@ -103,11 +102,8 @@ export async function* filesBelow(top: string, folder = top): AsyncGenerator<str
   }
 }
 
-async function isSame(
-  path: string,
-  before: Pick<Added, 'sizeBytes' | 'mtimeMs' | 'inode'>,
-): Promise<boolean> {
-  const now = await stat(path).catch(() => undefined)
+function isSame(path: string, before: Added): boolean {
+  const now = statSync(path, { throwIfNoEntry: false })
   // What has vanished stays as it was in the archive.
   if (!now) return true
   return now.size === before.sizeBytes && now.mtimeMs === before.mtimeMs && now.ino === before.inode

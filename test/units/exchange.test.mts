@@ -1,0 +1,117 @@
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { beforeEach, expect, test } from 'vitest'
+import * as exchange from '../../scripts/lib/data/exchange.mts'
+import { ownFolder } from '../../scripts/lib/data/untar.mts'
+import { archiveUploads, filesBelow } from '../../scripts/lib/data/uploads.mts'
+import type { Site } from '../../scripts/lib/settings.mts'
+import { newFolder } from './site.mts'
+
+const id = '20261125_120000'
+let site: Site
+let set = ''
+
+/** The live files, by name. */
+async function live(): Promise<Record<string, string>> {
+  const found: Record<string, string> = {}
+  for await (const name of filesBelow(site.folders.uploads))
+    found[name] = await readFile(join(site.folders.uploads, name), 'utf8')
+  return found
+}
+
+async function put(files: Record<string, string>): Promise<void> {
+  for (const [name, text] of Object.entries(files)) await writeFile(join(site.folders.uploads, name), text)
+}
+
+async function plan(missing: string[] = []): Promise<exchange.Plan> {
+  return await exchange.planExchange(site, set, missing)
+}
+
+async function stage(planned: exchange.Plan): Promise<void> {
+  await exchange.stage(site, { id, withDatabase: false }, planned, join(set, 'uploads.tar'))
+}
+
+/** The set holds a, b, c and d; live are a, another b, c and the newer e. */
+beforeEach(async () => {
+  const folder = await newFolder()
+  site = { folders: { uploads: join(folder, 'uploads') } } as Site
+  set = join(folder, 'set')
+  await mkdir(site.folders.uploads)
+  await mkdir(set)
+  await put({ a: 'a', b: 'b', c: 'c', d: 'd' })
+  const archive = archiveUploads(site.folders.uploads, join(set, 'uploads.tar'), join(set, 'uploads.jsonl'))
+  await archive.pass()
+  await archive.close([])
+  await put({ b: 'other b', e: 'e' })
+  await rm(join(site.folders.uploads, 'd'))
+})
+
+test('an exchange brings the files of the set, and goes back', async () => {
+  const before = await live()
+  const planned = await plan()
+  expect([
+    [...planned.added.keys()],
+    [...planned.changed.keys()],
+    planned.surplus,
+    planned.same.size,
+  ]).toEqual([['d'], ['b'], ['e'], 2])
+  await stage(planned)
+  await exchange.putIncoming(site, id)
+  await exchange.takeSurplus(site, id)
+  expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd' })
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect(await live()).toEqual(before)
+  expect(await exchange.readExchanges(site)).toEqual([{ id, stage: 'undone' }])
+})
+
+test('what an editor replaced or deleted between the plan and the swap comes back, too', async () => {
+  const planned = await plan()
+  await stage(planned)
+  await exchange.putIncoming(site, id)
+  await put({ a: 'replaced meanwhile' })
+  await rm(join(site.folders.uploads, 'c'))
+  expect(await exchange.stageLate(site, id, planned, join(set, 'uploads.tar'))).toBe(2)
+  await exchange.putIncoming(site, id)
+  await exchange.takeSurplus(site, id)
+  expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd' })
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect((await live()).a).toBe('replaced meanwhile')
+})
+
+test('a killed one that is taken back hours later leaves what editors did since, and loses nothing', async () => {
+  await stage(await plan())
+  await exchange.putIncoming(site, id)
+  await put({ b: 'newest b' })
+  await exchange.keepWhatIsNewer(site, id)
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect(await live()).toEqual({ a: 'a', b: 'newest b', c: 'c', e: 'e' })
+  const kept = join(site.folders.uploads, ownFolder, id, 'undone')
+  expect((await readdir(kept)).toSorted()).toEqual(['b', 'd'])
+  expect(await readFile(join(kept, 'b'), 'utf8')).toBe('other b')
+})
+
+test('one that never put its files takes nothing away', async () => {
+  await stage(await plan())
+  await put({ d: 'somebody else’s' })
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect((await live()).d).toBe('somebody else’s')
+})
+
+test('what the set names as missing stays as it is', async () => {
+  expect((await plan(['uploads/e changed each of the 5 times that it was read'])).surplus).toEqual([])
+})
+
+test('every step may be repeated', async () => {
+  const before = await live()
+  await stage(await plan())
+  for (let times = 0; times < 2; times += 1) await exchange.putIncoming(site, id)
+  for (let times = 0; times < 2; times += 1) await exchange.takeSurplus(site, id)
+  expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd' })
+  for (let times = 0; times < 2; times += 1) await exchange.putBack(site, id)
+  for (let times = 0; times < 2; times += 1) await exchange.takeAdded(site, id)
+  expect(await live()).toEqual(before)
+})

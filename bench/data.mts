@@ -110,7 +110,7 @@ async function measureArchives(site: Site): Promise<Times> {
     times.plain.push(await timed(tar('-cf', 'plain.tar')))
     times.ours.push(
       await timed(async () => {
-        const archive = archiveUploads(
+        await using archive = archiveUploads(
           site.folders.uploads,
           join(folder, 'uploads.tar'),
           join(folder, 'uploads.jsonl'),

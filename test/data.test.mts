@@ -566,7 +566,8 @@ describe('a schedule', () => {
     expect(jobs.length).toBe(2)
     for (const job of jobs) {
       const command = job.replace(/^(\S+ ){5}root /, '').replaceAll(String.raw`\%`, '%')
-      const said = await run(['env', '-i', '/bin/sh', '-c', `umask 077; cd /; ${command}`])
+      const path = /^PATH=.*$/m.exec(text)?.[0] ?? ''
+      const said = await run(['env', '-i', path, '/bin/sh', '-c', `umask 077; cd /; ${command}`])
       expect(said).toBe('')
     }
     await mustSucceed(own.run('data', 'schedule', '--remove'))

@@ -67,7 +67,11 @@ async function runWith(stdin: 'ignore' | number, argv: string[], options: RunOpt
   options.signal?.throwIfAborted()
   if (output.exitCode === 0) return output.stdout
   const how =
-    output.exitCode === null ? `ended by ${output.signal ?? 'a signal'}` : `exit code ${output.exitCode}`
+    output.exitCode === null
+      ? output.signal
+        ? `ended by ${output.signal}`
+        : 'could not be started'
+      : `exit code ${output.exitCode}`
   const said = (output.stderr.trim() || output.stdout.trim()).split('\n').slice(-5).join('\n')
   throw new Error(`${argv.join(' ')}: ${how}${said ? `\n${said}` : ''}`)
 }

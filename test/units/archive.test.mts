@@ -27,7 +27,7 @@ test('an archive is what tar unpacks: content, time, long names, empty and large
     [`${'long-'.repeat(30)}é.png`, randomBytes(10)],
     [`${'x'.repeat(96)}.png`, randomBytes(10)],
   ]
-  const archive = createArchive(join(folder, 'a.tar'))
+  await using archive = createArchive(join(folder, 'a.tar'))
   for (const [name, content] of files) {
     await writeFile(join(folder, name), content)
     await utimes(join(folder, name), 1_700_000_000, 1_700_000_000)
@@ -48,7 +48,7 @@ test('what is no plain file is left out and named, and the archive goes on', asy
   await symlink(join(folder, 'secret'), join(folder, 'link'))
   await run(['mkfifo', join(folder, 'pipe')])
   await writeFile(join(folder, 'last'), 'last')
-  const archive = createArchive(join(folder, 'a.tar'))
+  await using archive = createArchive(join(folder, 'a.tar'))
   const add = (name: string) => archive.addFile(join(folder, name), name)
   expect(await add('link')).toEqual({ skipped: 'is a link' })
   expect(await add('pipe')).toEqual({ skipped: 'is not a plain file' })
@@ -68,7 +68,7 @@ test.each([
   await writeFile(join(folder, 'calm'), 'calm')
   const writer = spawn('sh', ['-c', script, 'sh', changing])
   try {
-    const archive = createArchive(join(folder, 'a.tar'))
+    await using archive = createArchive(join(folder, 'a.tar'))
     const results = []
     for (let times = 0; times < 5; times += 1)
       results.push(await archive.addFile(changing, `changing-${times}`))
@@ -96,7 +96,7 @@ test('uploads: a second pass adds what came or changed, keeps what vanished, and
   await put('replaced.png', 'old')
   await put('deleted.png', 'deleted')
   await put('deep/inner.png', 'inner')
-  const archive = archiveUploads(uploads, join(folder, 'a.tar'), join(folder, 'list'))
+  await using archive = archiveUploads(uploads, join(folder, 'a.tar'), join(folder, 'list'))
   await archive.pass()
   await put('new.png', 'new')
   await put('replacement', 'new content')

@@ -39,7 +39,11 @@ beforeEach(async () => {
   await mkdir(site.folders.uploads)
   await mkdir(set)
   await put({ a: 'a', b: 'b', c: 'c', d: 'd' })
-  const archive = archiveUploads(site.folders.uploads, join(set, 'uploads.tar'), join(set, 'uploads.jsonl'))
+  await using archive = archiveUploads(
+    site.folders.uploads,
+    join(set, 'uploads.tar'),
+    join(set, 'uploads.jsonl'),
+  )
   await archive.pass()
   await archive.close([])
   await put({ b: 'other b', e: 'e' })

@@ -27,8 +27,10 @@ export interface Archive {
    * @returns what was added, or why nothing was
    */
   addFile(path: string, name: string): Promise<Added | { skipped: string }>
-  /** Ends the archive. */
+  /** Writes the end of the archive. */
   close(): Promise<void>
+  /** Also for one that was given up: lets go of the file and the thread. */
+  [Symbol.asyncDispose](): Promise<void>
   readonly sizeBytes: number
 }
 
@@ -161,14 +163,13 @@ export function createArchive(
       return { skipped: `changed each of the ${tries} times that it was read` }
     },
     async close() {
-      try {
-        await flush()
-        await Promise.all(underway)
-        write(emptyArchive)
-      } finally {
-        closeSync(archive)
-        await thread.end()
-      }
+      await flush()
+      await Promise.all(underway)
+      write(emptyArchive)
+    },
+    async [Symbol.asyncDispose]() {
+      closeSync(archive)
+      await thread.end()
     },
     get sizeBytes() {
       return written + used

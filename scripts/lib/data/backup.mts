@@ -145,7 +145,7 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
  */
 async function takeState(site: Site, { name, folder, parts, database }: Job) {
   if (database === undefined) return {}
-  const uploads = parts.includes('uploads')
+  await using uploads = parts.includes('uploads')
     ? archiveUploads(site.folders.uploads, join(folder, 'uploads.tar'), join(folder, 'uploads.jsonl'))
     : undefined
   const archive = async () => {

@@ -6,17 +6,14 @@ import { createArchive } from './archive.mts'
 
 /** @returns the names of files that should be there and are not, each with the reason */
 export async function archiveConfig(site: Site, tarPath: string): Promise<string[]> {
-  const archive = createArchive(tarPath)
+  await using archive = createArchive(tarPath)
   const missing: string[] = []
-  try {
-    for (const [name, path] of await configFiles(site)) {
-      // A link to a settings file is as good as the file.
-      const added = await archive.addFile(await realpath(path).catch(() => path), name)
-      if ('skipped' in added) missing.push(`${name} (${path}) ${added.skipped}`)
-    }
-  } finally {
-    await archive.close()
+  for (const [name, path] of await configFiles(site)) {
+    // A link to a settings file is as good as the file.
+    const added = await archive.addFile(await realpath(path).catch(() => path), name)
+    if ('skipped' in added) missing.push(`${name} (${path}) ${added.skipped}`)
   }
+  await archive.close()
   return missing
 }
 

@@ -23,14 +23,9 @@ export function startSumThread(): SumThread {
   const worker = new Worker(new URL(import.meta.url), {
     resourceLimits: { maxOldGenerationSizeMb: 16, maxYoungGenerationSizeMb: 2 },
   })
-  // Idle, it must not keep a process alive that gave up.
-  worker.unref()
   const waiting: { resolve: (sums: Sums) => void; reject: (error: Error) => void }[] = []
   // In the order in which they were asked for.
-  worker.on('message', (sums: Sums) => {
-    waiting.shift()?.resolve(sums)
-    if (waiting.length === 0) worker.unref()
-  })
+  worker.on('message', (sums: Sums) => waiting.shift()?.resolve(sums))
   worker.on('error', (error: Error) => {
     for (const one of waiting.splice(0)) one.reject(error)
   })
@@ -38,7 +33,6 @@ export function startSumThread(): SumThread {
     reckon: (batch) =>
       new Promise((resolve, reject) => {
         waiting.push({ resolve, reject })
-        worker.ref()
         worker.postMessage(batch, [batch.buffer])
       }),
     async end() {

@@ -22,7 +22,7 @@ export async function exportSet(site: Site, name: string, file: string): Promise
   const partial = join(dirname(file), `.${basename(file)}.${process.pid}`)
   try {
     const found = new Map<string, string>()
-    const archive = createArchive(partial, (one) => found.set(one.name, one.sha256))
+    await using archive = createArchive(partial, (one) => found.set(one.name, one.sha256))
     await alive(
       () => `writing ${file}, ${megabytes(archive.sizeBytes)}`,
       async () => {

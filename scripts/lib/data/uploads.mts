@@ -14,6 +14,7 @@ export interface UploadsArchive {
    * @returns what is in the archive, and the names that should be and are not, each with the reason
    */
   close(referenced: string[]): Promise<{ files: number; bytes: number; missing: string[] }>
+  [Symbol.asyncDispose](): Promise<void>
   readonly progress: { files: number; bytes: number }
 }
 
@@ -54,7 +55,6 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
     async close(referenced) {
       await archive.close()
       flush()
-      closeSync(list)
       const lost = referenced.filter((name) => !known.has(name))
       const reasons = new Map(lost.map((name) => [name, 'is not there']))
       for (const [name, reason] of skipped) {
@@ -68,6 +68,10 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
         bytes: sizes.reduce((total, size) => total + size, 0),
         missing: [...reasons].map(([name, reason]) => `uploads/${name} ${reason}`),
       }
+    },
+    async [Symbol.asyncDispose]() {
+      closeSync(list)
+      await archive[Symbol.asyncDispose]()
     },
     get progress() {
       return { files: known.size, bytes: archive.sizeBytes }

@@ -493,6 +493,8 @@ describe('a lost server', () => {
       own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'),
     )
     expect(outcome.stdout).toMatch(/Now: .*setup.*\nThen: .*deploy/)
+    // Twice is as good as once.
+    await mustSucceed(own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'))
     expect(await settingOf(own, 'POSTGRES_PASSWORD')).toBe(passwords)
     expect(outcome.stdout).not.toContain(passwords)
     expect(await state()).toEqual(saved)
@@ -501,9 +503,9 @@ describe('a lost server', () => {
     await logIn(own.url)
     await expectServed()
     expect((await fetch(`${own.url}${picture.url}`)).status).toBe(200)
-    // Twice is as good as once.
-    await mustSucceed(own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'))
-    await expectServed()
+    const live = await own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes')
+    expect(live.code).toBe(2)
+    expect(live.stderr).toContain('runs the site already')
   })
 
   test('does not come back without its application, and nothing is written', async () => {

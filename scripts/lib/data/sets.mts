@@ -67,7 +67,11 @@ export async function removeSet(site: Site, name: string): Promise<void> {
 
 /** Names of the sets that a killed run left half-made, or half-removed. */
 export async function partialSets(site: Site): Promise<string[]> {
-  const names = await readdir(site.folders.backups)
+  const names = await readdir(site.folders.backups).catch((error: NodeJS.ErrnoException) => {
+    // On a bare host there is no such folder yet.
+    if (error.code === 'ENOENT') return []
+    throw error
+  })
   return names.filter((name) => name.startsWith(partial) && namePattern.test(name.slice(partial.length)))
 }
 

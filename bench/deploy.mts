@@ -53,7 +53,9 @@ async function newSite(): Promise<OwnSite> {
   const folder = join(tmpdir(), 'bob-bench')
   const application = join(projectRoot, 'example/strapi')
   const { settings } = await baseImages()
-  const place = { folder, project: 'bob-bench', port: 18_120, application, settings }
+  // The seed's procedure makes none.
+  const own = { ...settings, BACKUP_BEFORE_DEPLOY: 'off' }
+  const place = { folder, project: 'bob-bench', port: 18_120, application, settings: own }
   // What a killed run left behind.
   if (existsSync(folder)) await removeOwnSite(await writeOwnSite(place))
   return await writeOwnSite(place)

@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import { makeBackup, megabytes } from './lib/data/backup.mts'
-import { bytesOf, findSet, lookAtSets } from './lib/data/catalogue.mts'
+import { bytesOf, findSet, lookAtSets, newestUnreadable } from './lib/data/catalogue.mts'
 import { exclusively } from './lib/data/exclusive.mts'
 import { acceptable, type Acceptable } from './lib/data/fitness.mts'
 import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
@@ -192,7 +192,7 @@ function degraded(site: Site, name: string, missing: string[]): Problem {
 
 async function list(site: Site): Promise<void> {
   const { sets, unreadable } = await lookAtSets(site)
-  for (const line of unreadable) warn(line)
+  for (const { name, why } of unreadable) warn(`${name}: DAMAGED, ${why}`)
   for (const { name, manifest, last } of sets) {
     const bytes = bytesOf(manifest)
     const proof =
@@ -218,8 +218,16 @@ async function list(site: Site): Promise<void> {
 
 async function prune(site: Site, { waitMs }: Wish): Promise<void> {
   await exclusively(site, 'prune', waitMs, async () => {
-    const { sets, unreadable } = await lookAtSets(site)
-    for (const line of unreadable) warn(`stays: ${line}`)
+    const catalogue = await lookAtSets(site)
+    const { sets, unreadable } = catalogue
+    for (const { name, why } of unreadable) warn(`${name} stays: ${why}`)
+    const newest = newestUnreadable(catalogue)
+    if (newest !== undefined)
+      throw new Problem(
+        exitCodes.degraded,
+        `the newest set, ${newest}, is damaged: nothing goes`,
+        `Make another one: ${scriptCommand('data', site.envFile)}`,
+      )
     const looked = sets.map(({ name, manifest, last }) =>
       known(name, manifest, last && last.wrong.length === 0),
     )

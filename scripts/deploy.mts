@@ -4,6 +4,7 @@ import * as act from './lib/actions.mts'
 import { runChecks } from './lib/checks.mts'
 import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
+import { endBackupLeftovers } from './lib/data/backup.mts'
 import { pendingExchanges } from './lib/data/exchange.mts'
 import { mendRestore } from './lib/data/undo.mts'
 import { masterFailed, moveFailed, slaveFailed, type Run } from './lib/failures.mts'
@@ -261,6 +262,9 @@ async function endLeftovers(site: Site): Promise<void> {
     detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
     await endOrphans(site.project)
   }
+  // What another user's run has left must not stop a deploy.
+  const found = await endBackupLeftovers(site).catch((error: unknown) => warn(report.explain(error)))
+  for (const line of found ?? []) detail(`an earlier run left ${line}: removed`)
   await mendRestores(site)
 }
 

@@ -462,6 +462,24 @@ describe('the latest set', () => {
   })
 })
 
+describe('a newest set that does not even say what it holds', () => {
+  test('is what latest means, so that it is found; prune removes nothing', async () => {
+    const name = await makeSet('--only', 'config')
+    const folder = setFolder(site, name)
+    await run(['chmod', '-R', 'u+w', folder])
+    await truncate(join(folder, 'manifest.json'), 20)
+    const before = await listSets(site)
+    const verified = await own.run('data', 'verify')
+    const pruned = await own.run('data', 'prune')
+    await rm(folder, { recursive: true })
+    expect(verified.code).toBe(1)
+    expect(verified.stderr).toContain(`${name} is damaged`)
+    expect(pruned.code).toBe(3)
+    expect(pruned.stderr).toContain(`the newest set, ${name}, is damaged: nothing goes`)
+    expect((await listSets(site)).length).toBe(before.length - 1)
+  })
+})
+
 describe('a set as one file', () => {
   const file = () => join(own.folder, 'exported.tar')
   beforeEach(() => rm(file(), { force: true }))

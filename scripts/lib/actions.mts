@@ -3,7 +3,7 @@ import { createWriteStream } from 'node:fs'
 import { join } from 'node:path'
 import { ask, run } from './command.mts'
 import * as compose from './compose.mts'
-import { endBackupLeftovers, makeBackup } from './data/backup.mts'
+import { makeBackup } from './data/backup.mts'
 import { rememberVerified } from './data/verified.mts'
 import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
@@ -15,7 +15,6 @@ import {
   change,
   detail,
   exitCodes,
-  explain,
   interrupted,
   pause,
   Problem,
@@ -68,7 +67,6 @@ export async function backUpDatabase(site: Site): Promise<void> {
     try {
       if (!(await holdsStrapi(site)))
         return detail('no Strapi has used this database yet: nothing to back up')
-      await endBackupLeftovers(site).catch((error: unknown) => warn(explain(error)))
       const { name } = await makeBackup(site, ['database'])
       await rememberVerified(site, { set: name, deep: false, wrong: [] })
       addToResult({ backup: name })

@@ -75,14 +75,15 @@ export function createArchive(
       buffer: buffer.buffer,
       files: files.map(({ at, sizeBytes }) => ({ at, sizeBytes })),
     })
-    underway.push(
-      sums.then((answer) => {
-        files.forEach(({ name, sizeBytes }, index) =>
-          onFile({ name, sizeBytes, sha256: answer.sums[index] ?? '' }),
-        )
-        free.push(answer.buffer)
-      }),
-    )
+    const told = sums.then((answer) => {
+      files.forEach(({ name, sizeBytes }, index) =>
+        onFile({ name, sizeBytes, sha256: answer.sums[index] ?? '' }),
+      )
+      free.push(answer.buffer)
+    })
+    // Waited for later; until then nobody else would hear of a failure.
+    told.catch(() => undefined)
+    underway.push(told)
     gathered = []
     used = 0
     // The oldest ones may have come back long ago.
@@ -168,8 +169,8 @@ export function createArchive(
       write(emptyArchive)
     },
     async [Symbol.asyncDispose]() {
-      closeSync(archive)
       await thread.end()
+      closeSync(archive)
     },
     get sizeBytes() {
       return written + used

@@ -40,24 +40,26 @@ export interface Backup {
   manifest: Manifest
 }
 
-/** What a killed run left: half-made sets; when PostgreSQL answers, its sessions and files, too. @returns what was found, in words */
+/** What a killed run left: when PostgreSQL answers, its sessions and files; half-made sets. @returns what was found, in words */
 export async function endBackupLeftovers(site: Site): Promise<string[]> {
   const found: string[] = []
+  const postgresql = await healthyPostgresql(site)
+  // First of all: a dump that still runs holds locks that Strapi may wait for.
+  if (postgresql !== undefined) {
+    const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name IN ('${tools.backupSession}', '${tools.restoreSession}') AND pid <> pg_backend_pid()`
+    const ended = Number(await run(query(postgresql, 'postgres', end)))
+    if (ended > 0) found.push(`${ended} sessions in PostgreSQL`)
+    const files = (await run(tools.listIncoming(postgresql)))
+      .split('\n')
+      .filter((name) => /^[\d_-]+\.(dump|sql)$/.test(name))
+    if (files.length > 0) {
+      await run(tools.removeIncoming(postgresql, files))
+      found.push(`half-written files (${files.join(', ')})`)
+    }
+  }
   for (const name of await partialSets(site)) {
     await removePartial(site, name)
     found.push(`a half-made set (${name})`)
-  }
-  const postgresql = await healthyPostgresql(site)
-  if (postgresql === undefined) return found
-  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name IN ('${tools.backupSession}', '${tools.restoreSession}') AND pid <> pg_backend_pid()`
-  const ended = Number(await run(query(postgresql, 'postgres', end)))
-  if (ended > 0) found.push(`${ended} sessions in PostgreSQL`)
-  const files = (await run(tools.listIncoming(postgresql)))
-    .split('\n')
-    .filter((name) => /^[\d_-]+\.(dump|sql)$/.test(name))
-  if (files.length > 0) {
-    await run(tools.removeIncoming(postgresql, files))
-    found.push(`half-written files (${files.join(', ')})`)
   }
   return found
 }

@@ -5,17 +5,28 @@ import { readManifest, type Manifest, type Part } from './manifest.mts'
 import { listSets, setFolder } from './sets.mts'
 import { readVerified, type Verified } from './verified.mts'
 
+export interface Catalogue {
+  sets: { name: string; manifest: Manifest; last: Verified | undefined }[]
+  unreadable: { name: string; why: string }[]
+}
+
 /** Every set with what it says of itself and what was last seen of it, oldest first. */
-export async function lookAtSets(site: Site) {
+export async function lookAtSets(site: Site): Promise<Catalogue> {
   const verified = await readVerified(site)
-  const sets: { name: string; manifest: Manifest; last: Verified | undefined }[] = []
-  const unreadable: string[] = []
+  const sets: Catalogue['sets'] = []
+  const unreadable: Catalogue['unreadable'] = []
   for (const name of await listSets(site)) {
     const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
-    if (manifest instanceof Error) unreadable.push(`${name}: ${manifest.message}`)
+    if (manifest instanceof Error) unreadable.push({ name, why: manifest.message })
     else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
   }
   return { sets, unreadable }
+}
+
+/** The newest set, when it does not even say what it holds. */
+export function newestUnreadable({ sets, unreadable }: Catalogue): string | undefined {
+  const last = unreadable.at(-1)?.name
+  return last !== undefined && last > (sets.at(-1)?.name ?? '') ? last : undefined
 }
 
 /** @param parts that the latest one should have; where no set has them all, it is the newest of any */
@@ -36,7 +47,11 @@ export async function findSet(
 }
 
 async function latestSet(site: Site, names: string[], parts: readonly Part[]): Promise<string | undefined> {
-  const { sets } = await lookAtSets(site)
+  const catalogue = await lookAtSets(site)
+  // It is not passed over: whoever asks for it has to hear of it.
+  const unreadable = newestUnreadable(catalogue)
+  if (unreadable !== undefined) return unreadable
+  const { sets } = catalogue
   const past = sets.filter(({ manifest }) => new Date(manifest.createdAt) <= new Date())
   if (past.length < sets.length)
     warn('a set is from the future, and not taken for the latest: look at the clock')

@@ -103,7 +103,12 @@ export async function stage(
   ]
   const text = [{ withDatabase: exchange.withDatabase }, ...lines].map((line) => JSON.stringify(line))
   await run(['sync', '--file-system', folder])
-  await writeSynced(join(folder, 'plan'), 'w', `${text.join('\n')}\n`)
+  await writePlan(folder, `${text.join('\n')}\n`)
+}
+
+/** The old plan or the new one, never half of one. */
+async function writePlan(folder: string, text: string): Promise<void> {
+  await writeSynced(join(folder, 'plan'), 'w', text)
   await rename(join(folder, 'plan'), join(folder, planName('planned')))
   await syncFolder(folder)
 }
@@ -123,7 +128,7 @@ export async function stageLate(site: Site, id: string, plan: Plan, tarPath: str
   const looks = await unpackAll(folder, late, tarPath)
   const lines = [...late.keys()].map((name): PlanLine => ({ name, do: 'change', look: looks.get(name) }))
   const text = lines.map((line) => `${JSON.stringify(line)}\n`).join('')
-  await writeSynced(join(folder, planName('planned')), 'a', text)
+  await writePlan(folder, `${await planText(site, id)}${text}`)
   return late.size
 }
 

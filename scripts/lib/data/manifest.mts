@@ -129,16 +129,19 @@ function shapeProblem(manifest: Partial<Manifest>): string | undefined {
   if (typeof createdAt !== 'string' || Number.isNaN(Date.parse(createdAt)))
     return 'does not say when it was made'
   if (!Array.isArray(held) || held.some((part) => !parts.includes(part))) return 'does not say what it holds'
-  if (!Array.isArray(missing)) return 'does not say what is missing'
-  if (typeof files !== 'object') return 'lists no files'
+  if (!Array.isArray(missing) || missing.some((sentence) => typeof sentence !== 'string'))
+    return 'does not say what is missing'
+  if (typeof files !== 'object' || files === null) return 'lists no files'
+  if (typeof manifest.versions !== 'object' || manifest.versions === null) return 'names no versions'
   const names = ['RECOVERY.md', ...held.flatMap((part) => filesOfPart[part])]
   const isListed = Object.keys(files).length === names.length && names.every((name) => name in files)
   if (!isListed) return `does not list ${names.join(', ')}`
   const isCounted = Object.values(files).every(
-    ({ sizeBytes, sha256 }) => typeof sizeBytes === 'number' && typeof sha256 === 'string',
+    (sum) => typeof sum?.sizeBytes === 'number' && typeof sum.sha256 === 'string',
   )
   if (!isCounted) return 'lacks sums'
-  if (held.includes('database') && typeof database?.rows !== 'object') return 'counts no rows'
+  if (held.includes('database') && (typeof database?.rows !== 'object' || database.rows === null))
+    return 'counts no rows'
   return undefined
 }
 

@@ -177,6 +177,10 @@ async function prepare(site: Site, request: Request): Promise<Job> {
   const withUploads = request.parts.includes('uploads')
   const job: Job = {
     ...request,
+    // What was accepted just in case must not change anything.
+    accept: request.accept.filter(
+      (word) => word === 'damaged' || found.some(({ accept }) => accept === word),
+    ),
     site,
     id: await newId(site, databases),
     manifest,
@@ -288,6 +292,7 @@ async function restoreDatabase(job: Job): Promise<void> {
 function watchDisk({ site, postgresql }: Job) {
   const controller = new AbortController()
   const watch = { full: controller.signal, restoredBytes: 0, stop: () => clearInterval(timer) }
+  let isAsking = false
   const look = async () => {
     const { bavail, bsize } = await statfs(site.folders.postgres)
     if (bavail * bsize < leastFreeBytes)
@@ -298,8 +303,14 @@ function watchDisk({ site, postgresql }: Job) {
           'Make room, then run it again.',
         ),
       )
-    const size = await run(query(postgresql, 'postgres', `SELECT pg_database_size('${incoming}')`))
-    watch.restoredBytes = Number(size)
+    if (isAsking) return
+    isAsking = true
+    try {
+      const size = await run(query(postgresql, 'postgres', `SELECT pg_database_size('${incoming}')`))
+      watch.restoredBytes = Number(size)
+    } finally {
+      isAsking = false
+    }
   }
   const timer = setInterval(() => void look().catch(() => undefined), 500)
   return watch
@@ -357,17 +368,19 @@ async function stillServed(job: Job): Promise<void> {
 /** Gives it time to find out that its connections are gone, and to boot when that was too much for it. */
 async function failureToServe(site: Site, slot: SlotName): Promise<unknown> {
   const startedAt = Date.now()
+  let bootedAt = startedAt
   for (;;) {
-    const { master, slave } = await observe(site)
-    const { status } = slot === 'strapi-slave' ? slave : master
-    const failure = await (
-      status === 'healthy' ? smoke(site, slot) : Promise.reject(new Error(`${slot} is ${status}`))
-    ).then(
-      () => undefined,
-      (error: unknown) => error,
-    )
-    if (failure === undefined) return undefined
-    if (Date.now() - startedAt > (status === 'booting' ? site.health.timeoutMs : patienceMs)) return failure
+    try {
+      const { master, slave } = await observe(site)
+      const { status } = slot === 'strapi-slave' ? slave : master
+      if (status === 'booting') bootedAt = Date.now()
+      if (status !== 'healthy') throw new Error(`${slot} is ${status}`)
+      await smoke(site, slot)
+      return undefined
+    } catch (failure) {
+      const isTooLate = Date.now() - startedAt > site.health.timeoutMs
+      if (isTooLate || Date.now() - bootedAt > patienceMs) return failure
+    }
     await pause(200)
   }
 }

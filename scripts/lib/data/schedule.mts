@@ -4,7 +4,7 @@ import { chmod, readdir, readFile, rename, rm, writeFile } from 'node:fs/promise
 import { join } from 'node:path'
 import { ask, run } from '../command.mts'
 import { readText } from '../envfile.mts'
-import { alive, change, detail, exitCodes, isDryRun, Problem, say, warn } from '../report.mts'
+import { alive, change, detail, exitCodes, interrupted, isDryRun, Problem, say, warn } from '../report.mts'
 import { asRoot, scriptCommand, type Site } from '../settings.mts'
 
 const mark = '# strapi-blue-green:'
@@ -70,6 +70,7 @@ export async function schedule(site: Site, at: string): Promise<void> {
 async function tryAsCron(site: Site): Promise<void> {
   const bare = ['env', '-i', 'HOME=/root', 'LOGNAME=root', 'SHELL=/bin/sh', `PATH=${path}`]
   for (const command of ['backup', 'prune']) {
+    interrupted.throwIfAborted()
     const job = `umask 077; cd /; ${cronCommand(site, command)}`
     await alive(
       () => `${command} runs as cron would run it`,

@@ -4,7 +4,7 @@ import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { recordedSchema } from '../history.mts'
 import { describeFigures, startProof } from '../proof.mts'
-import { addToResult, change, exitCodes, Problem, say, step, warn } from '../report.mts'
+import { addToResult, change, exitCodes, interrupted, Problem, say, step, warn } from '../report.mts'
 import { readSchema } from '../schema.mts'
 import { asRoot, composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
@@ -41,6 +41,7 @@ export async function undoRestore(
   const what = [last.database && 'database', last.withUploads && 'uploads'].filter(Boolean).join(', ')
   await change(`take back restore ${last.id} (${what})`, async () => {
     await agree(`Take back restore ${last.id} (${what})`, isAgreed)
+    interrupted.throwIfAborted()
     const proof = await startProof(site)
     try {
       await step('1/1', `Take back restore ${last.id} (${what})`, () => takeBack(site, last.id, postgresql))
@@ -102,7 +103,7 @@ export interface Mended {
   takenBack?: string
 }
 
-/** Ends what a killed restore or undo left: back before the swap, forward after it. */
+/** Ends what a killed restore or undo left: back before the swap, forward after it; uploads alone go back. */
 export async function mendRestore(site: Site): Promise<Mended> {
   const exchanges = await exchange.pendingExchanges(site)
   if (exchanges.length > 0 && process.getuid?.() !== 0)
@@ -132,7 +133,7 @@ export async function mendRestore(site: Site): Promise<Mended> {
       await takeBack(site, id, postgresql)
       takenBack = `restore ${id} is taken back, as it was asked for before`
       found.push(`an undo of restore ${id}: finished`)
-    } else if (!(await exchange.isWithDatabase(site, id)) || databases.live?.restoredBy === id) {
+    } else if (databases.live?.restoredBy === id) {
       await exchange.putIncoming(site, id)
       await exchange.takeSurplus(site, id)
       found.push(`restore ${id}: finished`)

@@ -70,8 +70,9 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
       }
     },
     async [Symbol.asyncDispose]() {
-      closeSync(list)
+      // Its last sums may come even now.
       await archive[Symbol.asyncDispose]()
+      closeSync(list)
     },
     get progress() {
       return { files: known.size, bytes: archive.sizeBytes }

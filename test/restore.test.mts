@@ -1,4 +1,5 @@
 /** What was backed up comes back, row by row and byte by byte, while visitors are served; and it can be taken back. */
+import { execFileSync } from 'node:child_process'
 import { createHash, randomBytes } from 'node:crypto'
 import { cp, mkdir, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -235,7 +236,8 @@ describe('a restore', () => {
     try {
       await own.set({ POSTGRES_VOLUME: small })
       const { outcome } = own.begin('data', ['restore', large, '--yes'], ({ event, step }) => {
-        if (event === 'step' && step === '2/6') void run(['fallocate', '-l', '2700M', join(small, 'full')])
+        if (event === 'step-done' && step === '1/6')
+          execFileSync('fallocate', ['-l', '2700M', join(small, 'full')])
       })
       const { code, events } = await outcome
       expect(code).toBe(1)

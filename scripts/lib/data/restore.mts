@@ -312,7 +312,7 @@ function watchDisk({ site, postgresql }: Job) {
       isAsking = false
     }
   }
-  const timer = setInterval(() => void look().catch(() => undefined), 500)
+  const timer = setInterval(() => void look().catch(() => undefined), 250)
   return watch
 }
 

@@ -23,7 +23,7 @@ export const ownFolder = '.strapi-blue-green'
 
 /** Why a name may not be in a set, or undefined. No upload of Strapi has such a name. */
 export function unsafeName(name: string): string | undefined {
-  if ([...name].some((sign) => sign < ' ' || sign === '\u{7f}')) return 'has a control character in its name'
+  if (/\p{Cc}/u.test(name)) return 'has a control character in its name'
   const parts = name.split('/')
   if (parts.some((part) => part === '' || part === '.' || part === '..')) return 'leads out of its folder'
   return parts[0] === ownFolder ? 'has the name of a folder of this program' : undefined

@@ -126,8 +126,9 @@ async function measureArchives(site: Site): Promise<Times> {
   return times
 }
 
+/** Ours: the dump alone, as the events tell; other: the whole command, which reads everything back. */
 async function measureDumps(own: OwnSite, site: Site, container: string): Promise<Times> {
-  const times: Times = { ours: [], plain: [] }
+  const times = { ours: [] as number[], plain: [] as number[], other: [] as number[] }
   const dump = [
     'docker',
     'exec',
@@ -141,7 +142,12 @@ async function measureDumps(own: OwnSite, site: Site, container: string): Promis
     times.plain.push(
       await timed(() => run([...dump, '--file=/backup/bench.dump', '--dbname', site.database.name], hour)),
     )
-    times.ours.push(await timed(() => script(own, 'data', 'backup', '--only', 'database')))
+    const whole = await timed(async () => {
+      const events = await script(own, 'data', 'backup', '--only', 'database', '--json')
+      const at = (message: string) => Date.parse(events.find((event) => event.message === message)?.at ?? '')
+      times.ours.push(at('dumping roles.sql') - at('dumping database.dump'))
+    })
+    times.other.push(whole)
     await run(['docker', 'exec', container, 'rm', '/backup/bench.dump'])
   }
   return times
@@ -197,6 +203,8 @@ async function dropKept(container: string): Promise<void> {
 }
 
 interface Gaps {
+  /** The same visitors, nothing else going on. */
+  aloneMs: number[]
   restoreMs: number[]
   undoMs: number[]
   failed: number
@@ -204,23 +212,24 @@ interface Gaps {
 }
 
 async function measureGaps(own: OwnSite): Promise<Gaps> {
-  const gaps: Gaps = { restoreMs: [], undoMs: [], failed: 0, sent: 0 }
+  const gaps: Gaps = { aloneMs: [], restoreMs: [], undoMs: [], failed: 0, sent: 0 }
   await script(own, 'data', 'backup', '--only', 'database')
   for (let round = 0; round < rounds; round += 1) {
-    for (const [command, into] of [
-      [['restore', '--only', 'database', '--yes'], gaps.restoreMs],
-      [['undo', '--yes'], gaps.undoMs],
+    for (const [action, into] of [
+      [() => sleep(5000), gaps.aloneMs],
+      [() => script(own, 'data', 'restore', '--only', 'database', '--yes'), gaps.restoreMs],
+      [() => script(own, 'data', 'undo', '--yes'), gaps.undoMs],
     ] as const) {
       const load = startLoad({ url: own.url, getsPerSecond: 200, postsPerSecond: 0 })
       try {
         await sleep(1000)
-        await script(own, 'data', ...command)
+        await action()
         await sleep(1000)
       } finally {
         const { longestGapMs, sent, lost } = await load.stop()
         into.push(longestGapMs)
-        gaps.sent += sent
-        gaps.failed += lost.length
+        if (into !== gaps.aloneMs) gaps.sent += sent
+        if (into !== gaps.aloneMs) gaps.failed += lost.length
       }
     }
   }
@@ -256,6 +265,8 @@ async function peakMemory(own: OwnSite): Promise<number> {
 
 interface Event {
   event: string
+  at: string
+  message: string
   step?: string
   seconds?: number
 }
@@ -288,9 +299,9 @@ function print({ archives, dumps, restores, gaps, memory }: Results): void {
   const lines = [
     `medians of ${rounds}, load of this machine at the end ${loadavg()[0]?.toFixed(1)}`,
     `uploads archive with all sums   ${seconds(archives.ours)}   ${ratio(archives.ours, archives.plain)} x tar -cf (${seconds(archives.plain)})   tar -czf takes ${ratio(archives.other ?? [], archives.ours)} x (${seconds(archives.other ?? [])})`,
-    `backup of the database          ${seconds(dumps.ours)}   ${ratio(dumps.ours, dumps.plain)} x pg_dump (${seconds(dumps.plain)})`,
+    `dump of the database            ${seconds(dumps.ours)}   ${ratio(dumps.ours, dumps.plain)} x pg_dump (${seconds(dumps.plain)})   the whole command, read back, ${seconds(dumps.other ?? [])}`,
     `restore of the database         ${seconds(restores.ours)}   ${ratio(restores.ours, restores.plain)} x pg_restore -j2 (${seconds(restores.plain)})   the whole command ${seconds(restores.other ?? [])}`,
-    `longest gap, restore            ${Math.round(median(gaps.restoreMs))} ms, undo ${Math.round(median(gaps.undoMs))} ms; ${gaps.failed} of ${gaps.sent} requests failed in ${2 * rounds} swaps`,
+    `longest gap, restore            ${Math.round(median(gaps.restoreMs))} ms, undo ${Math.round(median(gaps.undoMs))} ms, neither ${Math.round(median(gaps.aloneMs))} ms; ${gaps.failed} of ${gaps.sent} requests failed in ${2 * rounds} swaps`,
     `peak memory                     ${mega(memory.few)}, with ten times as many files ${mega(memory.many)} (${ratio(memory.many, memory.few)})`,
   ]
   say(lines.join('\n'))

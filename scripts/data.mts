@@ -2,7 +2,8 @@
 import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { parseArgs } from 'node:util'
-import { makeBackup, megabytes } from './lib/data/backup.mts'
+import { makeBackup } from './lib/data/backup.mts'
+import { megabytes } from './lib/data/room.mts'
 import { bytesOf, findSet, lookAtSets, newestUnreadable } from './lib/data/catalogue.mts'
 import { exclusively } from './lib/data/exclusive.mts'
 import { acceptable, type Acceptable } from './lib/data/fitness.mts'
@@ -14,7 +15,7 @@ import { restoreSet } from './lib/data/restore.mts'
 import { incomingFolder, removeSet, setFolder } from './lib/data/sets.mts'
 import { schedule, unschedule } from './lib/data/schedule.mts'
 import { exportSet, importSet } from './lib/data/transfer.mts'
-import { removeOldRestores, undoRestore } from './lib/data/undo.mts'
+import { refusePending, removeOldRestores, undoRestore } from './lib/data/undo.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
 import { rememberVerified } from './lib/data/verified.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
@@ -234,7 +235,11 @@ async function prune(site: Site, { waitMs }: Wish): Promise<void> {
     const verdicts = retention(looked, site.keepSets, new Date())
     for (const { name, keep, reason } of verdicts) {
       say(`${name} ${keep ? 'stays' : 'goes'}: ${reason}`, 'verdict', { set: name, keep, reason })
-      if (!keep) await report.change(`remove ${name}`, () => removeSet(site, name))
+      if (keep) continue
+      await report.change(`remove ${name}`, async () => {
+        await removeSet(site, name)
+        report.detail(`removed ${name}`)
+      })
     }
     await removeOldRestores(site, new Date())
     const alarm = alarmOf(looked, new Date())
@@ -268,13 +273,16 @@ async function restore(site: Site, { only, words, waitMs, accept, isAgreed }: Wi
         `${name} holds neither database nor uploads`,
         `See: ${scriptCommand('data', site.envFile, 'list')}`,
       )
-    await restoreSet(site, { set: name, parts: wanted, accept, isAgreed })
+    await restoreSet(site, { set: name, parts: wanted, accept, isAgreed, unchanged: 'nothing was changed' })
   })
 }
 
 async function undo(site: Site, { waitMs, accept, isAgreed }: Wish): Promise<void> {
   await exclusively(site, 'undo', waitMs, async ({ takenBack }) => {
-    if (takenBack !== undefined) return say(`Done: ${takenBack}.`)
+    if (takenBack !== undefined) {
+      await refusePending(site)
+      return say(`Done: ${takenBack}.`)
+    }
     await undoRestore(site, { accept, isAgreed })
   })
 }

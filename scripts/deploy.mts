@@ -5,7 +5,7 @@ import { runChecks } from './lib/checks.mts'
 import { applicationProblems } from './lib/checks/settings.mts'
 import { endOrphans, markCommands, orphans } from './lib/command.mts'
 import { endBackupLeftovers } from './lib/data/backup.mts'
-import { pendingExchanges } from './lib/data/exchange.mts'
+import { pendingExchanges } from './lib/data/plan.mts'
 import { mendRestore } from './lib/data/undo.mts'
 import { masterFailed, moveFailed, slaveFailed, type Run } from './lib/failures.mts'
 import { smoke, stillFit, untilHealthy } from './lib/health.mts'
@@ -111,7 +111,8 @@ async function deploy(site: Site, rollback: Rollback | undefined): Promise<void>
       isRollback: rollback !== undefined,
     }
     // A release that serves has booted already. Where nothing serves, PostgreSQL is started first.
-    if (situation.way !== 'first' && release !== situation.live) await act.backUpDatabase(site)
+    if (situation.way !== 'first' && release !== situation.live)
+      await act.backUpDatabase(site, 'visitors are served as before')
     switch (situation.way) {
       case 'first':
         return await startFirst(run)
@@ -212,7 +213,7 @@ async function startFirst(run: Run): Promise<undefined> {
   await step('2/7', 'Nothing serves yet: start PostgreSQL and Redis, no slave', async () => {
     await act.startServices(site)
     await mendRestores(site)
-    await act.backUpDatabase(site)
+    await act.backUpDatabase(site, 'nothing served before, nothing serves now')
   })
   try {
     await step('5/7', `Start master on ${release}`, () => act.start(site, 'strapi-master', release))
@@ -270,7 +271,9 @@ async function endLeftovers(site: Site): Promise<void> {
 
 async function mendRestores(site: Site): Promise<void> {
   if (report.isDryRun() || (await pendingExchanges(site)).length === 0) return
-  for (const found of (await mendRestore(site)).found) detail(`an earlier run left ${found}`)
+  // A deploy makes it neither better nor worse.
+  const mended = await mendRestore(site).catch((error: unknown) => warn(report.explain(error)))
+  for (const found of mended?.found ?? []) detail(`an earlier run left ${found}`)
 }
 
 /** What is, in one line. Waits while the only slot that could serve is booting. */

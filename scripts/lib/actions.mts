@@ -60,8 +60,12 @@ export async function build(site: Site, release: string): Promise<void> {
   })
 }
 
-/** A release that boots may change the schema, and drop what its code no longer has. @throws Problem (failed) */
-export async function backUpDatabase(site: Site): Promise<void> {
+/**
+ * A release that boots may change the schema, and drop what its code no longer has.
+ * @param served how visitors are served when there can be no backup
+ * @throws Problem (failed)
+ */
+export async function backUpDatabase(site: Site, served: string): Promise<void> {
   if (!site.backupBeforeDeploy) return
   await change(`back up the database to ${site.folders.backups}`, async () => {
     try {
@@ -75,7 +79,7 @@ export async function backUpDatabase(site: Site): Promise<void> {
       interrupted.throwIfAborted()
       throw new Problem(
         exitCodes.failed,
-        'the database could not be backed up, so nothing was deployed; visitors are served as before',
+        `the database could not be backed up, so nothing was deployed; ${served}`,
         `To deploy without: BACKUP_BEFORE_DEPLOY=off in ${site.envFile}`,
         error,
       )

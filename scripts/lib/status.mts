@@ -1,5 +1,5 @@
 /** The state of a site on one screen. Needs no lock and changes nothing. */
-import { pendingExchanges } from './data/exchange.mts'
+import { pendingExchanges } from './data/plan.mts'
 import { describeHolder, lockHolder } from './lock.mts'
 import * as engine from './engine.mts'
 import { goodReleases, readHistory, trail, type Entry } from './history.mts'

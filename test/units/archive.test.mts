@@ -1,11 +1,12 @@
 import { spawn } from 'node:child_process'
-import { randomBytes } from 'node:crypto'
+import { createHash, randomBytes } from 'node:crypto'
 import { once } from 'node:events'
 import { mkdir, readFile, rename, stat, symlink, unlink, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { run } from '../../scripts/lib/command.mts'
 import { createArchive } from '../../scripts/lib/data/archive.mts'
+import { startSumThread } from '../../scripts/lib/data/sums.mts'
 import { archiveUploads } from '../../scripts/lib/data/uploads.mts'
 import { newFolder } from './site.mts'
 
@@ -120,4 +121,28 @@ test('uploads: a second pass adds what came or changed, keeps what vanished, and
     expect(await readFile(join(to, name), 'utf8')).toBe(text)
   const lines = (await readFile(join(folder, 'list'), 'utf8')).trim().split('\n')
   expect(lines.length).toBe(6)
+})
+
+test('uploads: what was replaced by something unreadable is missing, although its first version is known', async () => {
+  const folder = await newFolder()
+  const uploads = join(folder, 'uploads')
+  await mkdir(uploads)
+  for (const name of ['one.png', 'other.png']) await writeFile(join(uploads, name), name)
+  await using archive = archiveUploads(uploads, join(folder, 'a.tar'), join(folder, 'list'))
+  await archive.pass()
+  await unlink(join(uploads, 'one.png'))
+  await symlink('other.png', join(uploads, 'one.png'))
+  await archive.pass()
+  const { missing } = await archive.close(['one.png', 'other.png'])
+  expect(missing).toEqual(['uploads/one.png is a link'])
+})
+
+test('a thread of sums that has died refuses, and is not waited for', async () => {
+  const thread = startSumThread()
+  const batch = () => ({ buffer: new ArrayBuffer(4), files: [{ at: 0, sizeBytes: 4 }] })
+  expect((await thread.reckon(batch())).sums).toEqual([
+    createHash('sha256').update(Buffer.alloc(4)).digest('hex'),
+  ])
+  await thread.end()
+  await expect(thread.reckon(batch())).rejects.toThrow('has ended')
 })

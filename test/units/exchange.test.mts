@@ -2,6 +2,7 @@ import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { beforeEach, expect, test } from 'vitest'
 import * as exchange from '../../scripts/lib/data/exchange.mts'
+import * as plans from '../../scripts/lib/data/plan.mts'
 import { ownFolder } from '../../scripts/lib/data/untar.mts'
 import { archiveUploads, filesBelow } from '../../scripts/lib/data/uploads.mts'
 import type { Site } from '../../scripts/lib/settings.mts'
@@ -23,11 +24,11 @@ async function put(files: Record<string, string>): Promise<void> {
   for (const [name, text] of Object.entries(files)) await writeFile(join(site.folders.uploads, name), text)
 }
 
-async function plan(missing: string[] = []): Promise<exchange.Plan> {
-  return await exchange.planExchange(site, set, missing)
+async function plan(missing: string[] = []): Promise<plans.Plan> {
+  return await plans.planExchange(site, set, missing)
 }
 
-async function stage(planned: exchange.Plan): Promise<void> {
+async function stage(planned: plans.Plan): Promise<void> {
   await exchange.stage(site, { id, withDatabase: false }, planned, join(set, 'uploads.tar'))
 }
 
@@ -66,7 +67,7 @@ test('an exchange brings the files of the set, and goes back', async () => {
   await exchange.putBack(site, id)
   await exchange.takeAdded(site, id)
   expect(await live()).toEqual(before)
-  expect(await exchange.readExchanges(site)).toEqual([{ id, stage: 'undone' }])
+  expect(await plans.readExchanges(site)).toEqual([{ id, stage: 'undone' }])
 })
 
 test('what an editor replaced or deleted between the plan and the swap comes back, too', async () => {
@@ -75,13 +76,18 @@ test('what an editor replaced or deleted between the plan and the swap comes bac
   await exchange.putIncoming(site, id)
   await put({ a: 'replaced meanwhile' })
   await rm(join(site.folders.uploads, 'c'))
-  expect(await exchange.stageLate(site, id, planned, join(set, 'uploads.tar'))).toBe(2)
-  await exchange.putIncoming(site, id)
+  const tar = join(set, 'uploads.tar')
+  await exchange.putLate(site, id, planned, tar)
+  expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd', e: 'e' })
+  await put({ c: 'replaced again' })
+  await exchange.putLate(site, id, planned, tar)
+  // Nothing is late any more: the archive is not even opened.
+  await exchange.putLate(site, id, planned, join(set, 'gone.tar'))
   await exchange.takeSurplus(site, id)
   expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd' })
   await exchange.putBack(site, id)
   await exchange.takeAdded(site, id)
-  expect((await live()).a).toBe('replaced meanwhile')
+  expect(await live()).toEqual({ a: 'replaced meanwhile', b: 'other b', c: 'replaced again', e: 'e' })
 })
 
 test('a killed one that is taken back hours later leaves what editors did since, and loses nothing', async () => {
@@ -97,6 +103,69 @@ test('a killed one that is taken back hours later leaves what editors did since,
   expect(await readFile(join(kept, 'b'), 'utf8')).toBe('other b')
 })
 
+test('an added file that an editor has replaced since stays when the exchange is taken back', async () => {
+  await stage(await plan())
+  await exchange.putIncoming(site, id)
+  await exchange.takeSurplus(site, id)
+  await put({ d: 'newest d' })
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect(await live()).toEqual({ a: 'a', b: 'other b', c: 'c', d: 'newest d', e: 'e' })
+})
+
+test('what came late, and was written down but not unpacked when the run was killed, comes with the next one', async () => {
+  const planned = await plan()
+  await stage(planned)
+  await put({ a: 'replaced meanwhile' })
+  await rm(join(site.folders.uploads, 'c'))
+  const gone = join(set, 'gone.tar')
+  await expect(exchange.putLate(site, id, planned, gone)).rejects.toThrow('ENOENT')
+  // A part of it was.
+  await writeFile(join(site.folders.uploads, ownFolder, id, 'incoming/a'), '')
+  await exchange.putIncoming(site, id)
+  expect((await live()).a).toBe('replaced meanwhile')
+  // Between the two runs an editor has put another one there.
+  await put({ c: 'newest c' })
+  await exchange.resumeLate(site, id, set)
+  await exchange.putIncoming(site, id)
+  await exchange.takeSurplus(site, id)
+  expect(await live()).toEqual({ a: 'a', b: 'b', c: 'newest c', d: 'd' })
+})
+
+test('one of the database alone is written down without files', async () => {
+  const before = await live()
+  await exchange.stage(site, { id, withDatabase: true }, undefined, join(set, 'uploads.tar'))
+  expect(await plans.pendingExchanges(site)).toEqual([{ id, stage: 'planned' }])
+  expect(await plans.scopeOf(site, id)).toEqual({ withDatabase: true, withUploads: false })
+  await exchange.takeSurplus(site, id)
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect(await plans.readExchanges(site)).toEqual([{ id, stage: 'undone' }])
+  expect(await live()).toEqual(before)
+})
+
+test('one that is taken back gives an editor back what came late', async () => {
+  const planned = await plan()
+  await stage(planned)
+  await exchange.putIncoming(site, id)
+  await put({ a: 'replaced meanwhile' })
+  await exchange.putLate(site, id, planned, join(set, 'uploads.tar'))
+  await exchange.keepWhatIsNewer(site, id)
+  await exchange.putBack(site, id)
+  await exchange.takeAdded(site, id)
+  expect(await live()).toEqual({ a: 'replaced meanwhile', b: 'other b', c: 'c', e: 'e' })
+})
+
+test('one whose removal was killed is gone, and its rest goes with the next one', async () => {
+  await stage(await plan())
+  await plans.removeExchange(site, id)
+  expect(await readdir(join(site.folders.uploads, ownFolder))).toEqual([])
+  await mkdir(join(site.folders.uploads, ownFolder, `removing-${id}`))
+  expect(await plans.readExchanges(site)).toEqual([])
+  await plans.endRemovals(site)
+  expect(await readdir(join(site.folders.uploads, ownFolder))).toEqual([])
+})
+
 test('one that never put its files takes nothing away', async () => {
   await stage(await plan())
   await put({ d: 'somebody else’s' })
@@ -106,7 +175,9 @@ test('one that never put its files takes nothing away', async () => {
 })
 
 test('what the set names as missing stays as it is', async () => {
-  expect((await plan(['uploads/e changed each of the 5 times that it was read'])).surplus).toEqual([])
+  const why = 'changed each of the 5 times that it was read'
+  const { surplus, changed } = await plan([`uploads/e ${why}`, `uploads/b ${why}`])
+  expect([surplus, changed.size]).toEqual([[], 0])
 })
 
 test('every step may be repeated', async () => {

@@ -2,7 +2,7 @@ import { execFileSync } from 'node:child_process'
 import { mkdir, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import { createDatabase, literal } from '../../scripts/lib/data/databases.mts'
+import { createDatabase, literal, properties } from '../../scripts/lib/data/databases.mts'
 import { obstacles, type Circumstances } from '../../scripts/lib/data/fitness.mts'
 import type { Manifest } from '../../scripts/lib/data/manifest.mts'
 import { missingRoles } from '../../scripts/lib/data/roles.mts'
@@ -108,7 +108,7 @@ describe('a set fits the site', () => {
   })
 })
 
-test('only roles that the server lacks are created, with their rights', () => {
+test('only roles that the server lacks are created, with their rights and memberships', () => {
   const sql = `CREATE ROLE "BoB";
 ALTER ROLE "BoB" WITH LOGIN PASSWORD 'SCRAM-1';
 CREATE ROLE postgres;
@@ -116,11 +116,18 @@ ALTER ROLE postgres WITH SUPERUSER;
 CREATE ROLE reader;
 ALTER ROLE reader WITH LOGIN PASSWORD 'SCRAM-2';
 CREATE ROLE "odd ""one""";
+GRANT "BoB" TO postgres WITH INHERIT TRUE GRANTED BY postgres;
+GRANT reader TO "BoB" WITH INHERIT TRUE GRANTED BY "somebody else";
+GRANT gone TO reader;
 `
   const { names, sql: found } = missingRoles(sql, ['postgres', 'BoB'])
   expect(names).toEqual(['reader', 'odd "one"'])
-  expect(found.split('\n').length).toBe(3)
-  expect(found).not.toContain('SCRAM-1')
+  expect(found.split('\n')).toEqual([
+    'CREATE ROLE reader;',
+    "ALTER ROLE reader WITH LOGIN PASSWORD 'SCRAM-2';",
+    'CREATE ROLE "odd ""one""";',
+    'GRANT reader TO "BoB" WITH INHERIT TRUE;',
+  ])
 })
 
 test.each([
@@ -131,6 +138,37 @@ test.each([
   const sql = createDatabase('new', 'Bo"B', settings)
   expect(sql).toContain(`CREATE DATABASE "new" OWNER "Bo""B" TEMPLATE template0 ENCODING 'UTF8'`)
   expect(sql).toContain(expected)
+})
+
+test('a database gets the parameters, those of its roles and the rights that the one of the set had', () => {
+  const settings = {
+    encoding: 'UTF8',
+    collation: 'C',
+    characters: 'C',
+    owner: 'BoB',
+    parameters: ['work_mem=8MB', `app.secret=it's, "quoted"`],
+    roleParameters: [
+      { role: 'reader', parameters: ['search_path="$user", "odd ""one""", public'] },
+      { role: 'gone', parameters: ['work_mem=1MB'] },
+    ],
+    grants: [
+      { grantee: 'BoB', privilege: 'CREATE', isGrantable: false },
+      { grantee: 'reader', privilege: 'CONNECT', isGrantable: true },
+      { grantee: 'gone', privilege: 'CONNECT', isGrantable: false },
+      { grantee: null, privilege: 'TEMPORARY', isGrantable: false },
+    ],
+  }
+  expect(properties('new', settings, ['BoB', 'reader'])).toEqual([
+    `ALTER DATABASE "new" SET "work_mem" = '8MB';`,
+    `ALTER DATABASE "new" SET "app"."secret" = 'it''s, "quoted"';`,
+    `ALTER ROLE "reader" IN DATABASE "new" SET "search_path" = '$user', 'odd "one"', 'public';`,
+    'REVOKE ALL ON DATABASE "new" FROM PUBLIC;',
+    'GRANT CONNECT ON DATABASE "new" TO "reader" WITH GRANT OPTION;',
+    'GRANT TEMPORARY ON DATABASE "new" TO PUBLIC;',
+  ])
+  const plain = { ...settings, parameters: null, roleParameters: null, grants: null }
+  expect(properties('new', plain, [])).toEqual([])
+  expect(properties('new', undefined, [])).toEqual([])
 })
 
 test.each([

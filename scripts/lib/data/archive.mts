@@ -86,7 +86,7 @@ export function createArchive(
     underway.push(told)
     gathered = []
     used = 0
-    // The oldest ones may have come back long ago.
+    // The oldest ones may have come back long ago. All others are under way: one of them comes back, or throws.
     while (free.length === 0) await underway.shift()
     buffer = Buffer.from(free.pop() ?? new ArrayBuffer(bufferBytes))
   }
@@ -211,7 +211,9 @@ function padded(sizeBytes: number): number {
 
 /** Why the backup goes on without a file; undefined for what concerns the whole backup, such as a full disk. */
 function reasonToSkip(error: unknown, name: string): string | undefined {
-  const code = error instanceof Error && 'code' in error ? String(error.code) : ''
+  const { code, syscall } = error as NodeJS.ErrnoException
+  // Of the archive, not of the file.
+  if (syscall === 'write' || syscall === 'ftruncate') return undefined
   // Node puts this sign where a name is not UTF-8, and then does not find it.
   if (code === 'ENOENT' && name.includes('\u{fffd}')) return 'has a name that is not UTF-8'
   if (code === 'ENOENT') return 'vanished while the backup ran'

@@ -1,13 +1,13 @@
 /** Makes a backup set: one state of database and uploads, and the configuration. Nothing is stopped. */
 import { createHmac } from 'node:crypto'
 import { statSync } from 'node:fs'
-import { readFile, statfs, writeFile } from 'node:fs/promises'
+import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
-import { alive, exitCodes, explain, interrupted, pause, Problem, warn } from '../report.mts'
+import { alive, detail, exitCodes, explain, interrupted, pause, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
@@ -21,8 +21,10 @@ import {
   type Manifest,
   type Part,
 } from './manifest.mts'
+import { databaseSize } from './databases.mts'
 import * as tools from './postgresql.mts'
 import { recovery } from './recovery.mts'
+import { megabytes, needRoom } from './room.mts'
 import {
   adopt,
   commitSet,
@@ -77,6 +79,7 @@ export async function makeBackup(site: Site, parts: Part[]): Promise<Backup> {
   const folder = await stageSet(site, name)
   try {
     const manifest = await fill(site, { name, folder, parts, createdAt, database })
+    detail('reading everything back')
     const progress = { bytes: 0 }
     const wrong = await alive(
       () => `reading back, ${megabytes(progress.bytes)}`,
@@ -84,6 +87,7 @@ export async function makeBackup(site: Site, parts: Part[]): Promise<Backup> {
     )
     if (wrong.length > 0) throw new Error(`what was written reads back differently: ${wrong.join('; ')}`)
     interrupted.throwIfAborted()
+    detail(`making it the set ${name}`)
     await commitSet(site, name)
     return { name, manifest }
   } catch (error) {
@@ -114,7 +118,10 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
   const { folder, parts, createdAt } = job
   const { state, uploads } = await takeState(site, job)
   const missing = [...(uploads?.missing ?? [])]
-  if (parts.includes('config')) missing.push(...(await archiveConfig(site, join(folder, 'config.tar'))))
+  if (parts.includes('config')) {
+    detail('archiving the configuration')
+    missing.push(...(await archiveConfig(site, join(folder, 'config.tar'))))
+  }
   const { master, slave, flag } = await observe(site)
   const manifest: Manifest = {
     format,
@@ -132,7 +139,7 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
       rows: state.rows,
     },
     uploads: uploads && { files: uploads.files, bytes: uploads.bytes },
-    secrets: await secretsPrint(site, createdAt.toISOString()),
+    secrets: secretsPrint(await readEnv(join(site.source, '.env')), createdAt.toISOString()),
   }
   await writeFile(join(folder, 'RECOVERY.md'), recovery(site, job.name, manifest), { mode: 0o600 })
   const names = ['RECOVERY.md', ...parts.flatMap((part) => filesOfPart[part])]
@@ -150,16 +157,19 @@ async function takeState(site: Site, { name, folder, parts, database }: Job) {
   await using uploads = parts.includes('uploads')
     ? archiveUploads(site.folders.uploads, join(folder, 'uploads.tar'), join(folder, 'uploads.jsonl'))
     : undefined
-  const archive = async () => {
+  const archive = async (title: string) => {
+    if (!uploads) return
+    detail(title)
     await alive(
-      () => `uploads: ${uploads?.progress.files} files, ${megabytes(uploads?.progress.bytes ?? 0)}`,
-      async () => uploads?.pass(),
+      () => `uploads: ${uploads.progress.files} files, ${megabytes(uploads.progress.bytes)}`,
+      () => uploads.pass(),
     )
   }
-  await archive()
+  await archive('archiving the uploads')
+  detail('taking a snapshot of the database')
   const snapshot = await openSnapshot(database, site.database.name)
   try {
-    await archive()
+    await archive('archiving the uploads that have changed meanwhile')
     const archived = await uploads?.close(snapshot.uploads)
     if (parts.includes('database')) await dumpDatabase(site, database, snapshot, name, folder)
     return { state: parts.includes('database') ? snapshot : undefined, uploads: archived }
@@ -193,6 +203,7 @@ async function dumpDatabase(
     { argv: tools.dumpRoles(database, `${name}.sql`), from: `${name}.sql`, to: 'roles.sql' },
   ]
   for (const { argv, from, to } of written) {
+    detail(`dumping ${to}`)
     await alive(
       () => `dumping ${to}, ${megabytes(sizeOf(join(incomingFolder(site), from)))}`,
       () => run(argv, options),
@@ -243,18 +254,12 @@ export async function reachDatabase(site: Site): Promise<string> {
 
 /** A dump is smaller than its database; uploads and the rest are as large as they are. @throws Problem before anything is written */
 async function needSpace(site: Site, parts: Part[], database: string | undefined): Promise<void> {
-  const size = `SELECT pg_database_size('${site.database.name.replaceAll("'", "''")}')`
-  const needed =
+  const size = databaseSize(site.database.name)
+  const bytes =
     (parts.includes('uploads') ? await folderBytes(site.folders.uploads) : 0) +
     (parts.includes('database') && database ? Number(await run(query(database, 'postgres', size))) / 2 : 0)
-  const disk = await statfs(site.folders.backups)
-  const free = disk.bavail * disk.bsize
-  if (needed < free) return
-  throw new Problem(
-    exitCodes.failed,
-    `a backup needs about ${megabytes(needed)}, and ${megabytes(free)} are free on the disk of ${site.folders.backups}; nothing was written`,
-    'Make room, or set BACKUP_DIR to a larger disk.',
-  )
+  const advice = 'Make room, or set BACKUP_DIR to a larger disk.'
+  await needRoom('a backup needs', [{ folder: site.folders.backups, bytes }], { advice })
 }
 
 async function strapiVersion(site: Site): Promise<string | undefined> {
@@ -267,9 +272,14 @@ async function strapiVersion(site: Site): Promise<string | undefined> {
   }
 }
 
-/** @param key `createdAt` of the set, so that two sets cannot be compared with each other */
-export async function secretsPrint(site: Site, key: string): Promise<string | undefined> {
-  const application = await readEnv(join(site.source, '.env'))
+/**
+ * @param application its settings; undefined when there are none
+ * @param key `createdAt` of the set, so that two sets cannot be compared with each other
+ */
+export function secretsPrint(
+  application: Record<string, string> | undefined,
+  key: string,
+): string | undefined {
   if (!application) return undefined
   return createHmac('sha256', key)
     .update(JSON.stringify(appSecrets.map((name) => application[name] ?? '')))
@@ -281,8 +291,4 @@ function isFull(error: unknown): boolean {
     error instanceof Error &&
     (('code' in error && error.code === 'ENOSPC') || /No space left on device/.test(error.message))
   )
-}
-
-export function megabytes(bytes: number): string {
-  return `${(bytes / 1e6).toLocaleString('en', { maximumFractionDigits: bytes < 1e8 ? 1 : 0 })} MB`
 }

@@ -1,4 +1,4 @@
-/** The live database and those that restores have put beside it. Their names and comments are the only record. */
+/** The live database and those that restores have put beside it. Which is which, their names and comments tell. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
@@ -12,7 +12,7 @@ export const incoming = `${prefix}incoming`
 
 export interface Databases {
   /** Undefined when there is none of that name. */
-  live: { restoredBy: string | undefined } | undefined
+  live: { restoredBy: string | undefined; fromSet: string | undefined } | undefined
   hasIncoming: boolean
   /** Those that a restore or an undo has replaced, oldest first. */
   kept: KeptDatabase[]
@@ -37,8 +37,9 @@ export async function readDatabases(site: Site, containerId: string): Promise<Da
     .filter((line) => line !== '')
     .map((line) => JSON.parse(line) as { name: string; comment: string | null; bytes: number })
   const live = rows.find(({ name }) => name === site.database.name)
+  const comment = /^restore (\d{8}_\d{6}) of set (\S+)/.exec(live?.comment ?? '')
   return {
-    live: live && { restoredBy: /^restore (\d{8}_\d{6}) /.exec(live.comment ?? '')?.[1] },
+    live: live && { restoredBy: comment?.[1], fromSet: comment?.[2] },
     hasIncoming: rows.some(({ name }) => name === incoming),
     kept: rows
       .flatMap(({ name, bytes }) => {
@@ -61,21 +62,58 @@ export function createDatabase(name: string, owner: string, settings: DatabaseSe
     }
     parts.push(`ENCODING ${literal(settings.encoding)}`)
     parts.push(`LC_COLLATE ${literal(settings.collation)} LC_CTYPE ${literal(settings.characters)}`)
-    parts.push(`LOCALE_PROVIDER ${providers[settings.provider] ?? 'libc'}`)
+    if (settings.provider !== null) parts.push(`LOCALE_PROVIDER ${providers[settings.provider] ?? 'libc'}`)
   }
   return parts.join(' ')
 }
 
-/** SQL that gives a database the parameters of another one, exactly as they were. */
-export function setParameters(name: string, parameters: string[]): string {
-  return parameters
-    .map((parameter) => {
-      const at = parameter.indexOf('=')
-      const key = identifier(parameter.slice(0, at))
-      const value = literal(parameter.slice(at + 1))
-      return `SELECT set_config(${literal(parameter.slice(0, at))}, ${value}, false); ALTER DATABASE ${identifier(name)} SET ${key} FROM CURRENT;`
-    })
-    .join('\n')
+/**
+ * SQL that gives a database what no dump of it holds: the parameters of the set's database, those of roles in it, and who may
+ * connect to it. One statement each.
+ * @param roles that the server has; what was granted to others is left out
+ */
+export function properties(name: string, settings: DatabaseSettings | undefined, roles: string[]): string[] {
+  const database = identifier(name)
+  const inRoles = (settings?.roleParameters ?? []).filter(({ role }) => roles.includes(role))
+  const sql = [
+    ...(settings?.parameters ?? []).map((one) => setParameter(`DATABASE ${database}`, one)),
+    ...inRoles.flatMap(({ role, parameters }) =>
+      parameters.map((one) => setParameter(`ROLE ${identifier(role)} IN DATABASE ${database}`, one)),
+    ),
+  ]
+  // Without a list of its own, the defaults of the server apply.
+  if (settings?.grants) sql.push(`REVOKE ALL ON DATABASE ${database} FROM PUBLIC;`)
+  for (const { grantee, privilege, isGrantable } of settings?.grants ?? []) {
+    // Its owner has all rights, under whatever name.
+    if (grantee === settings?.owner || (grantee !== null && !roles.includes(grantee))) continue
+    if (!/^(CREATE|CONNECT|TEMPORARY)$/.test(privilege)) continue
+    const to = grantee === null ? 'PUBLIC' : identifier(grantee)
+    sql.push(`GRANT ${privilege} ON DATABASE ${database} TO ${to}${isGrantable ? ' WITH GRANT OPTION' : ''};`)
+  }
+  return sql
+}
+
+/** What holds a list of quoted names, in which each is a value of its own (GUC_LIST_QUOTE); pg_dump knows the same ones. */
+const lists = new Set([
+  'local_preload_libraries',
+  'search_path',
+  'session_preload_libraries',
+  'temp_tablespaces',
+])
+
+function setParameter(target: string, parameter: string): string {
+  const at = parameter.indexOf('=')
+  const [key, value] = [parameter.slice(0, at), parameter.slice(at + 1)]
+  const names = [...value.matchAll(/"((?:[^"]|"")*)"|[^\s,]+/g)].map(([plain, quoted]) =>
+    literal(quoted?.replaceAll('""', '"') ?? plain),
+  )
+  // An empty list has one empty name.
+  const values = lists.has(key) ? names.join(', ') || "''" : literal(value)
+  return `ALTER ${target} SET ${key.split('.').map(identifier).join('.')} = ${values};`
+}
+
+export function databaseSize(name: string): string {
+  return `SELECT pg_database_size(${literal(name)})`
 }
 
 export interface Swap {

@@ -1,138 +1,121 @@
 /**
- * The uploads of a set take the place of the live ones, file by file, and can go back. Nothing is deleted: what leaves the
- * uploads folder goes to folders inside it (renames need one disk) that nobody but root can enter.
- *
- * How far an exchange has come is the name of its plan: planned, done, undoing, undone. Every step may be repeated.
+ * The uploads of a set take the place of the live ones, file by file, and can go back. Nothing is deleted: what leaves goes to
+ * the folder of the exchange. Every step may be repeated.
  */
 import { closeSync, fchownSync, fchmodSync, futimesSync, openSync, writeSync } from 'node:fs'
-import { chown, link, lstat, mkdir, readdir, readFile, rename, rm } from 'node:fs/promises'
+import { chown, link, lstat, mkdir, rename } from 'node:fs/promises'
 import { createHash } from 'node:crypto'
 import { dirname, join } from 'node:path'
 import { run } from '../command.mts'
-import { syncFolder } from '../envfile.mts'
 import { strapiUid } from '../folders.mts'
-import { writeSynced } from '../history.mts'
 import type { Site } from '../settings.mts'
-import { sumOf, uploadLines, type FileSum } from './manifest.mts'
-import { ownFolder, readArchive, unsafeName, type ArchivedFile, type Sink } from './untar.mts'
-import { filesBelow } from './uploads.mts'
+import { uploadLines, type FileSum } from './manifest.mts'
+import {
+  addToPlan,
+  folderOf,
+  liveLook,
+  lookOf,
+  proceed,
+  readPlan,
+  writePlan,
+  type Plan,
+  type PlanLine,
+} from './plan.mts'
+import { readArchive, type ArchivedFile, type Sink } from './untar.mts'
 
-export interface Plan {
-  /** What the set has and the folder has not. */
-  added: Map<string, FileSum>
-  /** What the folder has with other bytes. */
-  changed: Map<string, FileSum>
-  /** What only the folder has. */
-  surplus: string[]
-  /** What is as in the set already, with what tells whether it still is. */
-  same: Map<string, FileSum & { look: string }>
-}
-
-export type Stage = 'staging' | (typeof stages)[number]
-
-export interface Exchange {
-  id: string
-  stage: Stage
-}
-
-interface PlanLine {
-  name: string
-  do: 'add' | 'change' | 'remove'
-  /** Size and time of what takes its place. */
-  look?: string | undefined
-}
-
-const stages = ['planned', 'done', 'undoing', 'undone'] as const
-const planName = (at: Exclude<Stage, 'staging'>) => `plan.${at}`
-
-/**
- * Compares, and changes nothing.
- * @param missing sentences of the manifest; what the set should have and has not stays as it is
- * @throws Error when the set's list holds a name that no set may hold
- */
-export async function planExchange(site: Site, setFolder: string, missing: string[]): Promise<Plan> {
-  const wanted = new Map<string, FileSum>()
-  for await (const { name, sizeBytes, sha256 } of uploadLines(setFolder)) {
-    const unsafe = unsafeName(name)
-    if (unsafe) throw new Error(`uploads.jsonl: ${JSON.stringify(name)} ${unsafe}`)
-    wanted.set(name, { sizeBytes, sha256 })
-  }
-  const plan: Plan = { added: new Map(wanted), changed: new Map(), surplus: [], same: new Map() }
-  const top = site.folders.uploads
-  for await (const name of filesBelow(top)) {
-    const sum = wanted.get(name)
-    const found = await lstat(join(top, name)).catch(() => undefined)
-    if (!found) continue
-    if (sum) {
-      plan.added.delete(name)
-      const isSame =
-        found.isFile() && found.size === sum.sizeBytes && (await sumOf(join(top, name))).sha256 === sum.sha256
-      if (isSame) plan.same.set(name, { ...sum, look: lookOf(found) })
-      else plan.changed.set(name, sum)
-    } else if (
-      found.isFile() &&
-      unsafeName(name) === undefined &&
-      !missing.some((sentence) => sentence.startsWith(`uploads/${name} `))
-    )
-      plan.surplus.push(name)
-  }
-  return plan
-}
-
-/** Bytes that the plan needs beside the live files. */
-export function bytesOf({ added, changed }: Plan): number {
-  return [...added.values(), ...changed.values()].reduce((total, { sizeBytes }) => total + sizeBytes, 0)
-}
-
-/** Unpacks what the plan needs beside the live files. Afterwards the exchange is planned. */
+/** Unpacks what the plan needs beside the live files, and writes the plan down. Without one there is nothing to unpack. */
 export async function stage(
   site: Site,
-  exchange: { id: string; withDatabase: boolean },
-  plan: Plan,
+  { id, withDatabase }: { id: string; withDatabase: boolean },
+  plan: Plan | undefined,
   tarPath: string,
 ): Promise<void> {
-  const folder = folderOf(site, exchange.id)
+  const folder = folderOf(site, id)
   // Anybody may see that there is one, nobody but root what is in it.
   await mkdir(folder, { recursive: true, mode: 0o755 })
   for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name), { mode: 0o700 })
-  const looks = await unpackAll(folder, new Map([...plan.added, ...plan.changed]), tarPath)
-  const lines: PlanLine[] = [
-    ...[...plan.added.keys()].map((name) => ({ name, do: 'add' as const, look: looks.get(name) })),
-    ...[...plan.changed.keys()].map((name) => ({ name, do: 'change' as const, look: looks.get(name) })),
-    ...plan.surplus.map((name) => ({ name, do: 'remove' as const })),
+  const lines = plan ? await unpackPlan(folder, plan, tarPath) : []
+  await writePlan(site, id, { withDatabase, withUploads: plan !== undefined }, lines)
+}
+
+async function unpackPlan(
+  folder: string,
+  { added, changed, surplus }: Plan,
+  tarPath: string,
+): Promise<PlanLine[]> {
+  const looks = await unpackAll(folder, new Map([...added, ...changed]), tarPath)
+  return [
+    ...[...added.keys()].map((name) => ({ name, do: 'add' as const, look: looks.get(name) })),
+    ...[...changed.keys()].map((name) => ({ name, do: 'change' as const, look: looks.get(name) })),
+    ...surplus.map((name) => ({ name, do: 'remove' as const })),
   ]
-  const text = [{ withDatabase: exchange.withDatabase }, ...lines].map((line) => JSON.stringify(line))
-  await run(['sync', '--file-system', folder])
-  await writePlan(folder, `${text.join('\n')}\n`)
 }
 
-/** The old plan or the new one, never half of one. */
-async function writePlan(folder: string, text: string): Promise<void> {
-  await writeSynced(join(folder, 'plan'), 'w', text)
-  await rename(join(folder, 'plan'), join(folder, planName('planned')))
-  await syncFolder(folder)
+/** A file that was as in the set, and has been replaced or deleted since the plan was made. */
+interface Late {
+  sum: FileSum
+  /** What is there now. */
+  look: string | undefined
 }
 
-/**
- * After the swap: what was the same when the plan was made, and has been replaced or deleted since, comes back as well.
- * @returns how many files
- */
-export async function stageLate(site: Site, id: string, plan: Plan, tarPath: string): Promise<number> {
-  const late = new Map<string, FileSum>()
-  for (const [name, { look, ...sum }] of plan.same) {
-    const found = await lstat(join(site.folders.uploads, name)).catch(() => undefined)
-    if (!found || lookOf(found) !== look) late.set(name, sum)
+/** Brings late ones back as well; to be called again as long as visitors may have replaced something. */
+export async function putLate(site: Site, id: string, plan: Plan, tarPath: string): Promise<void> {
+  const late = new Map<string, Late>()
+  for (const [name, { look: before, ...sum }] of plan.same) {
+    const look = await liveLook(site, name)
+    if (look !== before) late.set(name, { sum, look })
   }
-  if (late.size === 0) return 0
-  const folder = folderOf(site, id)
-  const looks = await unpackAll(folder, late, tarPath)
-  const lines = [...late.keys()].map((name): PlanLine => ({ name, do: 'change', look: looks.get(name) }))
-  const text = lines.map((line) => `${JSON.stringify(line)}\n`).join('')
-  await writePlan(folder, `${await planText(site, id)}${text}`)
-  return late.size
+  if (late.size === 0) return
+  // Before they are unpacked: killed in between, the next run knows of them.
+  await addToPlan(
+    site,
+    id,
+    [...late].map(([name, { look }]) => ({ name, do: 'late', look })),
+  )
+  const looks = await unpackLate(site, id, late, tarPath)
+  for (const [name, look] of looks) {
+    const sum = late.get(name)?.sum
+    if (sum) plan.same.set(name, { ...sum, look })
+  }
+  await putIncoming(site, id)
 }
 
-/** @returns the look of each file @throws Error when one is not what the list says */
+/** The same after a kill: what is still as it was then. @throws Error when the set is not what it was */
+export async function resumeLate(site: Site, id: string, setFolder: string): Promise<void> {
+  const open = new Map<string, string | undefined>()
+  for (const line of await readPlan(site, id)) {
+    if (line.do === 'late') open.set(line.name, line.look)
+    else open.delete(line.name)
+  }
+  for (const [name, look] of open) if ((await liveLook(site, name)) !== look) open.delete(name)
+  if (open.size === 0) return
+  const late = new Map<string, Late>()
+  for await (const { name, ...sum } of uploadLines(setFolder))
+    if (open.has(name)) late.set(name, { sum, look: open.get(name) })
+  await unpackLate(site, id, late, join(setFolder, 'uploads.tar'))
+}
+
+async function unpackLate(
+  site: Site,
+  id: string,
+  late: Map<string, Late>,
+  tarPath: string,
+): Promise<Map<string, string>> {
+  const sums = new Map([...late].map(([name, { sum }]) => [name, sum]))
+  const looks = await unpackAll(folderOf(site, id), sums, tarPath)
+  await addToPlan(
+    site,
+    id,
+    [...late].map(([name, { look }]) => ({
+      name,
+      do: look === undefined ? 'add' : 'change',
+      look: looks.get(name),
+    })),
+  )
+  return looks
+}
+
+/** @returns the look of each file, all on the disk @throws Error when one is not what the list says */
 async function unpackAll(
   folder: string,
   needed: Map<string, FileSum>,
@@ -152,11 +135,8 @@ async function unpackAll(
   const wrong = [...needed.keys()].filter((name) => !right.has(name))
   if (wrong.length > 0)
     throw new Error(`uploads.tar does not hold what uploads.jsonl says: ${wrong.slice(0, 5).join(', ')}`)
+  await run(['sync', '--file-system', folder])
   return right
-}
-
-function lookOf({ size, mtimeMs }: { size: number; mtimeMs: number }): string {
-  return `${size} ${Math.round(mtimeMs)}`
 }
 
 /** A later version of the same name overwrites an earlier one, as `tar` does. */
@@ -181,11 +161,11 @@ function unpack(path: string, file: ArchivedFile, onEnd: (sha256: string) => voi
 /** New and changed files take their places; a name never has no file. */
 export async function putIncoming(site: Site, id: string): Promise<void> {
   for (const line of await readPlan(site, id)) {
-    if (line.do !== 'remove') await replace(site, line.name, id, 'incoming', 'replaced')
+    if (line.do === 'add' || line.do === 'change') await replace(site, line.name, id, 'incoming', 'replaced')
   }
 }
 
-/** Surplus files leave. What was uploaded since the plan stays. */
+/** Surplus files leave. What was uploaded since the plan stays. Then the exchange is done. */
 export async function takeSurplus(site: Site, id: string): Promise<void> {
   for (const line of await readPlan(site, id)) {
     if (line.do === 'remove') await takeAway(site, line.name, id, 'replaced')
@@ -199,52 +179,30 @@ export async function putBack(site: Site, id: string): Promise<void> {
   for (const line of await readPlan(site, id)) await replace(site, line.name, id, 'replaced', 'undone')
 }
 
-/** What the exchange had brought leaves, unless it never got to its place. */
+/** What the exchange had brought leaves, unless it never got to its place, or somebody has replaced it since. Then it is undone. */
 export async function takeAdded(site: Site, id: string): Promise<void> {
   for (const line of await readPlan(site, id)) {
-    const wasPut = !(await exists(join(folderOf(site, id), 'incoming', line.name)))
-    if (line.do === 'add' && wasPut) await takeAway(site, line.name, id, 'undone')
+    if (line.do !== 'add' || !(await wasPut(site, id, line))) continue
+    if ((await liveLook(site, line.name)) === line.look) await takeAway(site, line.name, id, 'undone')
   }
   await proceed(site, id, 'undone')
 }
 
 /** Before a restore that was killed is taken back, maybe hours later: what was replaced again since stays as it is now. */
 export async function keepWhatIsNewer(site: Site, id: string): Promise<void> {
-  for (const { name, look } of await readPlan(site, id)) {
-    const folder = folderOf(site, id)
-    const before = join(folder, 'replaced', name)
-    const wasPut = look !== undefined && !(await exists(join(folder, 'incoming', name)))
-    const found = await lstat(join(site.folders.uploads, name)).catch(() => undefined)
-    if (!wasPut || !found || lookOf(found) === look) continue
-    if (!(await exists(before))) continue
-    await mkdir(dirname(join(folder, 'undone', name)), { recursive: true })
-    await rename(before, join(folder, 'undone', name))
+  for (const line of await readPlan(site, id)) {
+    if ((line.do !== 'add' && line.do !== 'change') || !(await wasPut(site, id, line))) continue
+    const before = join(folderOf(site, id), 'replaced', line.name)
+    const now = await liveLook(site, line.name)
+    if (now === undefined || now === line.look || !(await exists(before))) continue
+    const kept = join(folderOf(site, id), 'undone', line.name)
+    await mkdir(dirname(kept), { recursive: true })
+    await rename(before, kept)
   }
 }
 
-/** All exchanges that left a folder, oldest first. */
-export async function readExchanges(site: Site): Promise<Exchange[]> {
-  const names = await readdir(join(site.folders.uploads, ownFolder)).catch((error: NodeJS.ErrnoException) => {
-    if (error.code === 'ENOENT') return []
-    throw error
-  })
-  const ids = names.filter((name) => /^\d{8}_\d{6}$/.test(name)).toSorted()
-  return await Promise.all(ids.map(async (id) => ({ id, stage: await stageOf(site, id) })))
-}
-
-/** Those that a killed run left under way. */
-export async function pendingExchanges(site: Site): Promise<Exchange[]> {
-  return (await readExchanges(site)).filter(({ stage: at }) => at !== 'done' && at !== 'undone')
-}
-
-/** Whether the database was restored with it: then its swap decides which way an interrupted one goes. */
-export async function isWithDatabase(site: Site, id: string): Promise<boolean> {
-  return (await planText(site, id)).startsWith('{"withDatabase":true}')
-}
-
-/** Removes what an exchange keeps. */
-export async function removeExchange(site: Site, id: string): Promise<void> {
-  await rm(folderOf(site, id), { recursive: true, force: true })
+async function wasPut(site: Site, id: string, { name }: PlanLine): Promise<boolean> {
+  return !(await exists(join(folderOf(site, id), 'incoming', name)))
 }
 
 async function replace(
@@ -286,34 +244,6 @@ async function makeFolders(site: Site, name: string): Promise<void> {
   }
 }
 
-/** Gives the plan the name of the stage that was reached. */
-async function proceed(site: Site, id: string, to: Exclude<Stage, 'staging'>): Promise<void> {
-  const from = await stageOf(site, id)
-  if (from === to || from === 'staging') return
-  const folder = folderOf(site, id)
-  await rename(join(folder, planName(from)), join(folder, planName(to)))
-  await syncFolder(folder)
-}
-
-async function stageOf(site: Site, id: string): Promise<Stage> {
-  const names = await readdir(folderOf(site, id))
-  return stages.find((one) => names.includes(planName(one))) ?? 'staging'
-}
-
-async function planText(site: Site, id: string): Promise<string> {
-  const at = await stageOf(site, id)
-  return at === 'staging' ? '' : await readFile(join(folderOf(site, id), planName(at)), 'utf8')
-}
-
-async function readPlan(site: Site, id: string): Promise<PlanLine[]> {
-  const [, ...lines] = (await planText(site, id)).trimEnd().split('\n')
-  return lines.map((line) => JSON.parse(line) as PlanLine)
-}
-
 async function exists(path: string): Promise<boolean> {
   return (await lstat(path).catch(() => undefined)) !== undefined
-}
-
-function folderOf(site: Site, id: string): string {
-  return join(site.folders.uploads, ownFolder, id)
 }

@@ -20,7 +20,8 @@ export interface Circumstances {
   parts: Part[]
   /** What the sums say is wrong with the set. */
   wrong: string[]
-  serverVersion: string
+  /** Undefined when it is not known yet. */
+  serverVersion: string | undefined
   /** As in the manifest, of this site; undefined when the site has no settings of its application. */
   secrets: string | undefined
   /** Of the release that runs; undefined when none does, or nothing is known of it. */
@@ -28,6 +29,13 @@ export interface Circumstances {
   runningRelease: string | undefined
   /** Whether the image of the set's release is still here. */
   hasRelease: boolean
+}
+
+/** Sentences one below the other; of very many only the first. */
+export function listed(sentences: string[]): string {
+  const lines = sentences.slice(0, 20).map((line) => `\n  - ${line}`)
+  if (sentences.length > 20) lines.push(`\n  and ${sentences.length - 20} more`)
+  return lines.join('')
 }
 
 /** Everything that speaks against it, at once. */
@@ -41,10 +49,11 @@ export function obstacles(manifest: Manifest, site: Circumstances): Obstacle[] {
     )
   const hasDatabase = site.parts.includes('database')
   const from = manifest.versions.postgresql
-  if (hasDatabase && from !== undefined && Number.parseInt(from) > Number.parseInt(site.serverVersion))
+  const here = site.serverVersion?.trim()
+  if (hasDatabase && from && here && Number.parseInt(from) > Number.parseInt(here))
     found.push({
       accept: 'newer-postgresql',
-      sentence: `it was dumped from PostgreSQL ${from}, and ${site.serverVersion} runs here`,
+      sentence: `it was dumped from PostgreSQL ${from}, and here it is ${here}`,
     })
   if (hasDatabase && site.secrets !== undefined && manifest.secrets !== site.secrets)
     found.push({

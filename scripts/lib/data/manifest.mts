@@ -34,23 +34,33 @@ export interface Manifest {
   secrets: string | undefined
 }
 
-/** What CREATE DATABASE is told, as `pg_database` has it. Sets of earlier versions lack the last three. */
+/** What CREATE DATABASE is told, as `pg_database` has it. Sets of earlier versions lack what is optional. */
 export interface DatabaseSettings {
   encoding: string
   collation: string
   characters: string
   owner: string
-  /** libc, ICU or builtin, by its letter. */
-  provider?: 'c' | 'i' | 'b'
+  /** libc, ICU or builtin, by its letter; null before PostgreSQL 15, which has only libc. */
+  provider?: 'c' | 'i' | 'b' | null
   /** Of ICU or builtin. */
   locale?: string | null
   /** name=value of ALTER DATABASE ... SET. */
   parameters?: string[] | null
+  /** The same of ALTER ROLE ... IN DATABASE ... SET. */
+  roleParameters?: { role: string; parameters: string[] }[] | null
+  /** Undefined or null: the defaults. A grantee that is null is PUBLIC. */
+  grants?: { grantee: string | null; privilege: string; isGrantable: boolean }[] | null
 }
 
 /** One line of uploads.jsonl: a file as it is in uploads.tar. */
 export interface UploadLine extends FileSum {
   name: string
+}
+
+/** The text of a line. What some readers take for the end of a line is written as its number. */
+export function textOf(line: UploadLine): string {
+  const text = JSON.stringify(line).replaceAll('\u2028', String.raw`\u2028`)
+  return `${text.replaceAll('\u2029', String.raw`\u2029`)}\n`
 }
 
 /** Lines of uploads.jsonl in a set. A name that is there twice counts in its last line. */

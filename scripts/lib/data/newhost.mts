@@ -8,14 +8,14 @@ import { agree } from '../agree.mts'
 import { run } from '../command.mts'
 import { readText, setValues, writeEnv } from '../envfile.mts'
 import { makeFolders, strapiUid } from '../folders.mts'
-import { alive, detail, exitCodes, isDryRun, Problem, say, step } from '../report.mts'
+import { alive, detail, exitCodes, explain, isDryRun, Problem, say, step } from '../report.mts'
 import { writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { invokingUser } from '../users.mts'
 import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
-import { reachDatabase } from './backup.mts'
+import { reachDatabase, secretsPrint } from './backup.mts'
 import { exclusively } from './exclusive.mts'
-import type { Acceptable } from './fitness.mts'
+import { listed, obstacles, type Acceptable } from './fitness.mts'
 import { readManifest, wrongSums, type Manifest } from './manifest.mts'
 import * as tools from './postgresql.mts'
 import { restoreSet } from './restore.mts'
@@ -38,8 +38,10 @@ interface Found {
   manifest: Manifest
   /** config.tar, by name. */
   config: Map<string, Buffer>
-  /** docker/.env as it will be. */
+  /** docker/.env and the application's as they will be. */
   settings: string
+  application: string
+  planned: Site
 }
 
 export async function restoreNewHost(request: NewHost): Promise<void> {
@@ -49,10 +51,8 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
   if (isDryRun()) return say('Nothing was changed.')
   await agree(`Set this host up from ${folder}`, request.isAgreed)
 
-  // Also checks the settings before they are written.
-  const planned = await loadSite(envFile, { text: found.settings })
-  await refuseLiveSite(planned)
-  await exclusively(planned, 'restore --new-host', request.waitMs, async () => {
+  await refuseLiveSite(found.planned)
+  await exclusively(found.planned, 'restore --new-host', request.waitMs, async () => {
     const site = await step('2/4', 'Settings of the set', () => writeSettings(request, found))
     const set = await step('3/4', 'Folders, PostgreSQL and Redis', async () => {
       await makeFolders(site)
@@ -65,7 +65,15 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
       return name
     })
     const parts = found.manifest.parts.filter((part) => part !== 'config')
-    await step('4/4', `Restore ${set}`, () => restoreSet(site, { set, parts, accept, isAgreed: true }))
+    const wish = {
+      set,
+      parts,
+      // The secrets are those of the set by now, or it was accepted that they are not.
+      accept: [...accept, 'other-secrets' as const],
+      isAgreed: true,
+      unchanged: 'the settings were written, no data was touched',
+    }
+    if (parts.length > 0) await step('4/4', `Restore ${set}`, () => restoreSet(site, wish))
     say(
       `Now: ${asRoot(scriptCommand('setup', envFile, '--install'))}\nThen: ${scriptCommand('deploy', envFile)}`,
     )
@@ -83,7 +91,7 @@ async function refuseLiveSite(site: Site): Promise<void> {
   )
 }
 
-/** Everything that can be known before anything is written. @throws Problem */
+/** Everything that can be known before anything is written. @throws Problem that lists all that speaks against it */
 async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise<Found> {
   const wrong = existsSync(folder)
     ? await alive(
@@ -91,51 +99,69 @@ async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise
         () => wrongSums(folder),
       )
     : [`there is no ${folder}`]
-  if (wrong.length > 0 && !accept.includes('damaged'))
-    throw new Problem(
-      exitCodes.usage,
-      `${folder} is not a whole set; nothing was changed:${wrong.map((line) => `\n  - ${line}`).join('')}`,
-      'Give the folder of a set; an exported one is unpacked with: tar -xf FILE',
-    )
-  const manifest = await readManifest(folder)
-  const lost = manifest.missing.filter((sentence) => sentence.startsWith('uploads/'))
-  if (lost.length > 0 && !accept.includes('incomplete'))
-    throw new Problem(
-      exitCodes.usage,
-      `${folder} lacks ${lost.length} uploads, the first: ${lost[0]}; nothing was changed`,
-      'Take another set, or add: --accept incomplete',
-    )
+  const manifest = await readManifest(folder).catch((error: unknown) => {
+    throw refusal(folder, wrong.length > 0 ? wrong : [explain(error)], [])
+  })
   if (!manifest.parts.includes('config'))
     throw new Problem(
       exitCodes.usage,
       `${folder} holds no configuration, so it cannot set a host up`,
       `Take a set of everything, or set the host up by hand: ${scriptCommand('setup', envFile)}`,
     )
-  const config = await readConfig(join(folder, 'config.tar'))
+  const config = await readConfig(join(folder, 'config.tar')).catch((error: unknown) => {
+    throw refusal(folder, [...wrong, `config.tar cannot be read: ${explain(error)}`], [])
+  })
   const settings = merged(await readText(envFile), config.get('docker/.env')?.toString() ?? '', keepSettings)
-  const source = resolve(projectRoot, 'docker', parse(settings).STRAPI_SOURCE ?? '')
+  // Also checks them before they are written.
+  const planned = await loadSite(envFile, { text: settings })
+  const { source } = planned
   if (!existsSync(join(source, 'package.json')))
     throw new Problem(
       exitCodes.usage,
       `the application is not in ${source} (STRAPI_SOURCE); nothing was changed`,
       'Get it there first: a set holds its data and its secrets, not its code.',
     )
+  const application = merged(
+    await readText(join(source, '.env')),
+    config.get('strapi/.env')?.toString() ?? '',
+    keepSettings,
+  )
+  const found = obstacles(manifest, {
+    parts: manifest.parts,
+    wrong,
+    // As far as the image's name tells: postgres:16-alpine.
+    serverVersion: /(?:^|\/)postgres(?:ql)?:(\d+)/.exec(parse(settings).POSTGRES_IMAGE ?? '')?.[1],
+    secrets: secretsPrint(parse(application), manifest.createdAt),
+    schemaHash: undefined,
+    runningRelease: undefined,
+    hasRelease: false,
+  }).filter((one) => !accept.includes(one.accept))
+  if (found.length > 0)
+    throw refusal(
+      folder,
+      found.map(({ sentence }) => sentence),
+      found.map((one) => one.accept),
+    )
   detail(`release ${manifest.release ?? 'unknown'}: ${manifest.parts.join(', ')}`)
-  return { manifest, config, settings }
+  return { manifest, config, settings, application, planned }
 }
 
-async function writeSettings({ envFile, keepSettings }: NewHost, { config, settings }: Found): Promise<Site> {
+function refusal(folder: string, sentences: string[], accept: Acceptable[]): Problem {
+  const words = [...new Set(accept)].map((word) => ` --accept ${word}`).join('')
+  return new Problem(
+    exitCodes.usage,
+    `this host is not set up from ${folder}; nothing was changed:${listed(sentences)}`,
+    `Give the folder of another set; an exported one is unpacked with: tar -xf FILE${words && `\nOr accept it:${words}`}`,
+  )
+}
+
+async function writeSettings({ envFile }: NewHost, { config, settings, application }: Found): Promise<Site> {
   await mkdir(dirname(envFile), { recursive: true })
   const stateDir = resolve(dirname(envFile), '.state')
   await replaceText(envFile, settings, stateDir)
   // What this version of the project needs and the set does not know yet.
   const site = await loadSite(envFile, { text: await writeDockerEnv(envFile) })
-  const application = join(site.source, '.env')
-  await replaceText(
-    application,
-    merged(await readText(application), config.get('strapi/.env')?.toString() ?? '', keepSettings),
-    stateDir,
-  )
+  await replaceText(join(site.source, '.env'), application, stateDir)
   await writeApplicationEnv(site)
   await writeCredentials(site, config)
   return site

@@ -98,8 +98,8 @@ export const takeOver = (containerId: string, file: string, owner: string) => {
 export const unlogged = `SET log_min_duration_statement = -1;
 SET log_min_error_statement = panic;`
 
-/** Runs a file of the folder that both sides see, as the superuser. */
-export const runFile = (containerId: string, file: string) => [
+/** Runs a file of the folder that both sides see, as the superuser. @param goesOn also after a statement that failed */
+export const runFile = (containerId: string, file: string, goesOn: boolean) => [
   'docker',
   'exec',
   '--user=root',
@@ -108,7 +108,7 @@ export const runFile = (containerId: string, file: string) => [
   'psql',
   '--no-psqlrc',
   '--quiet',
-  '--set=ON_ERROR_STOP=1',
+  `--set=ON_ERROR_STOP=${goesOn ? 0 : 1}`,
   '--set=VERBOSITY=terse',
   '--dbname=postgres',
   `--file=/backup/${file}`,

@@ -31,9 +31,14 @@ const listUploads = `SELECT ltrim(url, '/') FROM (
 
 // As JSON, because the column of the locale has another name in almost every version.
 const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,
-    'characters', datctype, 'owner', pg_get_userbyid(datdba), 'provider', coalesce(to_jsonb(d)->>'datlocprovider', 'c'),
+    'characters', datctype, 'owner', pg_get_userbyid(datdba), 'provider', to_jsonb(d)->>'datlocprovider',
     'locale', coalesce(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale'),
-    'parameters', (SELECT setconfig FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole = 0))
+    'parameters', (SELECT setconfig FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole = 0),
+    'roleParameters', (SELECT json_agg(json_build_object('role', pg_get_userbyid(setrole), 'parameters', setconfig))
+      FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole <> 0),
+    'grants', CASE WHEN datacl IS NOT NULL THEN (SELECT coalesce(json_agg(json_build_object(
+        'grantee', CASE WHEN grantee <> 0 THEN pg_get_userbyid(grantee) END,
+        'privilege', privilege_type, 'isGrantable', is_grantable)), '[]') FROM aclexplode(datacl)) END)
   FROM pg_database AS d WHERE datname = current_database();`
 
 /**

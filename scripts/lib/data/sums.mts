@@ -14,7 +14,7 @@ export interface Sums {
 }
 
 export interface SumThread {
-  /** Takes the buffer over; it comes back with the sums. */
+  /** Takes the buffer over; it comes back with the sums. @throws Error when the thread has died */
   reckon(batch: Batch): Promise<Sums>
   end(): Promise<void>
 }
@@ -24,14 +24,19 @@ export function startSumThread(): SumThread {
     resourceLimits: { maxOldGenerationSizeMb: 16, maxYoungGenerationSizeMb: 2 },
   })
   const waiting: { resolve: (sums: Sums) => void; reject: (error: Error) => void }[] = []
+  let failure: Error | undefined
+  const fail = (error: Error) => {
+    failure ??= error
+    for (const one of waiting.splice(0)) one.reject(failure)
+  }
   // In the order in which they were asked for.
   worker.on('message', (sums: Sums) => waiting.shift()?.resolve(sums))
-  worker.on('error', (error: Error) => {
-    for (const one of waiting.splice(0)) one.reject(error)
-  })
+  worker.on('error', fail)
+  worker.on('exit', () => fail(new Error('the thread that reckons the sums has ended')))
   return {
     reckon: (batch) =>
       new Promise((resolve, reject) => {
+        if (failure) return reject(failure)
         waiting.push({ resolve, reject })
         worker.postMessage(batch, [batch.buffer])
       }),

@@ -1,13 +1,13 @@
 /** A set as one portable file, and back. The file is a plain tar of the set's folder. */
 import { closeSync, existsSync, openSync, writeSync } from 'node:fs'
-import { cp, link, open, readdir, rename, rm, stat, statfs } from 'node:fs/promises'
+import { cp, link, open, readdir, rename, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { syncFolder } from '../envfile.mts'
 import { alive, exitCodes, interrupted, Problem } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
-import { megabytes } from './backup.mts'
+import { megabytes, needRoom } from './room.mts'
 import type { Acceptable } from './fitness.mts'
 import { readManifest, setFiles, wrongSums } from './manifest.mts'
 import { commitSet, isSetName, listSets, newSetName, setFolder, stageSet } from './sets.mts'
@@ -63,7 +63,7 @@ function damaged(site: Site, name: string, file: string): Problem {
 /** Takes a set out of a file. @returns its name @throws Problem, with nothing left */
 export async function importSet(site: Site, file: string): Promise<string> {
   const { size } = await stat(file)
-  await needSpace(site, size)
+  await needRoom('the set needs', [{ folder: site.folders.backups, bytes: size }])
   try {
     const name = await alive(
       () => `reading ${file}`,
@@ -160,15 +160,4 @@ async function refuseTwice(site: Site, name: string): Promise<void> {
       `${name} is in ${site.folders.backups} already`,
       scriptCommand('data', site.envFile, `verify ${name}`),
     )
-}
-
-async function needSpace(site: Site, bytes: number): Promise<void> {
-  const disk = await statfs(site.folders.backups)
-  const free = disk.bavail * disk.bsize
-  if (bytes < free) return
-  throw new Problem(
-    exitCodes.failed,
-    `the set needs ${megabytes(bytes)}, and ${megabytes(free)} are free on the disk of ${site.folders.backups}`,
-    'Make room, then run it again.',
-  )
 }

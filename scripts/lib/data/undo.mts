@@ -4,13 +4,27 @@ import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { recordedSchema } from '../history.mts'
 import { describeFigures, startProof } from '../proof.mts'
-import { addToResult, change, exitCodes, interrupted, Problem, say, step, warn } from '../report.mts'
+import {
+  addToResult,
+  change,
+  detail,
+  exitCodes,
+  explain,
+  interrupted,
+  Problem,
+  say,
+  step,
+  warn,
+} from '../report.mts'
 import { readSchema } from '../schema.mts'
 import { asRoot, composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
-import { healthyPostgresql, megabytes, startingPostgresql } from './backup.mts'
+import { healthyPostgresql, startingPostgresql } from './backup.mts'
+import { megabytes } from './room.mts'
+import { setFolder } from './sets.mts'
 import { incoming, keptName, readDatabases, swap, type Databases } from './databases.mts'
 import * as exchange from './exchange.mts'
+import * as plans from './plan.mts'
 import type { Acceptable } from './fitness.mts'
 
 /** Takes the last restore back. */
@@ -64,32 +78,31 @@ export async function undoRestore(
 async function lastRestore(site: Site, databases: Databases) {
   const swapped = databases.live?.restoredBy
   const kept = databases.kept.find(({ kind, id }) => kind === 'replaced' && id === swapped)
-  const files = (await exchange.readExchanges(site)).findLast(({ stage }) => stage === 'done')
-  const id = [kept?.id, files?.id]
-    .filter((one) => one !== undefined)
-    .toSorted()
-    .at(-1)
-  const isHalf =
-    files !== undefined &&
-    files.id === id &&
-    kept?.id !== id &&
-    (await exchange.isWithDatabase(site, files.id))
-  if (id === undefined || isHalf)
+  const done = (await plans.readExchanges(site)).findLast(({ stage }) => stage === 'done')
+  // Of a version that wrote nothing down for a database alone.
+  if (kept && kept.id > (done?.id ?? '')) return { id: kept.id, database: kept.name, withUploads: false }
+  const scope = done && (await plans.scopeOf(site, done.id))
+  if (done === undefined || (scope?.withDatabase && kept?.id !== done.id))
     throw new Problem(
       exitCodes.usage,
       `there is no restore to take back${swapped === undefined ? '' : `: the database before restore ${swapped} is not kept any more`}`,
       `What a restore replaces is kept for ${site.restoreKeepDays} days. An older state: ${scriptCommand('data', site.envFile, 'list')}`,
     )
-  return { id, database: kept?.id === id ? kept.name : undefined, withUploads: files?.id === id }
+  return {
+    id: done.id,
+    database: scope?.withDatabase ? kept?.name : undefined,
+    withUploads: scope?.withUploads,
+  }
 }
 
 /** May be repeated, and goes on where a killed one stopped. */
 export async function takeBack(site: Site, id: string, postgresql: string): Promise<void> {
-  const files = (await exchange.readExchanges(site)).find((one) => one.id === id && one.stage !== 'staging')
+  const files = (await plans.readExchanges(site)).find((one) => one.id === id && one.stage !== 'staging')
   if (files) await exchange.putBack(site, id)
   const { live, kept } = await readDatabases(site, postgresql)
   const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
-  if (before && live?.restoredBy === id) {
+  if (live?.restoredBy === id) {
+    if (!before) throw new Error(`the database before restore ${id} is not kept any more`)
     const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
     await swap(postgresql, { ...names, hasLive: true, comment: undefined })
   }
@@ -99,13 +112,13 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
 export interface Mended {
   /** In words. */
   found: string[]
-  /** A restore that is not live any more, in words: who types undo means this one, not the one before. */
+  /** What is not live any more, in words: who types undo means this one, not the one before. */
   takenBack?: string
 }
 
 /** Ends what a killed restore or undo left: back before the swap, forward after it; uploads alone go back. */
 export async function mendRestore(site: Site): Promise<Mended> {
-  const exchanges = await exchange.pendingExchanges(site)
+  const exchanges = await plans.pendingExchanges(site)
   if (exchanges.length > 0 && process.getuid?.() !== 0)
     throw new Problem(
       exitCodes.usage,
@@ -117,6 +130,7 @@ export async function mendRestore(site: Site): Promise<Mended> {
     return {
       found: exchanges.map(({ id }) => `restore ${id} unfinished; that has to wait for PostgreSQL`),
     }
+  await plans.endRemovals(site)
   const databases = await readDatabases(site, postgresql)
   const found: string[] = []
   let takenBack: string | undefined
@@ -125,26 +139,47 @@ export async function mendRestore(site: Site): Promise<Mended> {
     takenBack = 'a restore that was interrupted before it was live is removed'
     found.push('a half-restored database: removed')
   }
-  for (const { id, stage } of exchanges) {
-    if (stage === 'staging') {
-      await exchange.removeExchange(site, id)
-      found.push(`unpacked uploads of restore ${id}: removed`)
-    } else if (stage === 'undoing') {
-      await takeBack(site, id, postgresql)
-      takenBack = `restore ${id} is taken back, as it was asked for before`
-      found.push(`an undo of restore ${id}: finished`)
-    } else if (databases.live?.restoredBy === id) {
-      await exchange.putIncoming(site, id)
-      await exchange.takeSurplus(site, id)
-      found.push(`restore ${id}: finished`)
-    } else {
-      await exchange.keepWhatIsNewer(site, id)
-      await takeBack(site, id, postgresql)
-      takenBack = `restore ${id}, which was interrupted before it was live, is taken back`
-      found.push(`restore ${id}: taken back`)
+  for (const one of exchanges) {
+    try {
+      const { did, isBack } = await mendExchange(site, one, databases, postgresql)
+      found.push(did)
+      if (isBack) takenBack = `restore ${one.id} is taken back`
+    } catch (error) {
+      // It must not keep everybody from everything else; the next restore is refused until it can be mended.
+      warn(`restore ${one.id} was interrupted, and cannot be mended yet: ${explain(error)}`)
     }
   }
   return { found, ...(takenBack === undefined ? {} : { takenBack }) }
+}
+
+async function mendExchange(
+  site: Site,
+  { id, stage }: plans.Exchange,
+  { live }: Databases,
+  postgresql: string,
+): Promise<{ did: string; isBack: boolean }> {
+  if (stage === 'staging') {
+    await plans.removeExchange(site, id)
+    return { did: `unpacked uploads of restore ${id}: removed`, isBack: true }
+  }
+  if (stage === 'undoing') {
+    await takeBack(site, id, postgresql)
+    return { did: `an undo of restore ${id}: finished`, isBack: true }
+  }
+  if (live?.restoredBy === id) {
+    await exchange.resumeLate(site, id, setFolder(site, live.fromSet ?? '')).catch((error: unknown) => {
+      const { code } = error as NodeJS.ErrnoException
+      // What may go better the next time is left to it. A set that is gone or damaged never will.
+      if (interrupted.aborted || (code !== undefined && code !== 'ENOENT')) throw error
+      warn(`what editors changed during restore ${id} stays so: ${explain(error)}`)
+    })
+    await exchange.putIncoming(site, id)
+    await exchange.takeSurplus(site, id)
+    return { did: `restore ${id}: finished`, isBack: false }
+  }
+  await exchange.keepWhatIsNewer(site, id)
+  await takeBack(site, id, postgresql)
+  return { did: `restore ${id}, which was interrupted before it was live: taken back`, isBack: true }
 }
 
 /** Removes what restores replaced before RESTORE_KEEP_DAYS. What is from the future stays. */
@@ -153,23 +188,27 @@ export async function removeOldRestores(site: Site, now: Date): Promise<void> {
   const postgresql = await healthyPostgresql(site)
   // Database and uploads of a restore go together or not at all.
   if (postgresql === undefined) return warn('what restores replaced stays for now: PostgreSQL does not run')
+  const exchanges = await plans.readExchanges(site)
+  const underWay = (await plans.pendingExchanges(site)).map(({ id }) => id)
   for (const { name, id, bytes } of (await readDatabases(site, postgresql)).kept) {
-    if (id >= before) continue
-    await change(`drop ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`, () =>
-      run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`)),
-    )
+    if (id >= before || underWay.includes(id)) continue
+    await change(`drop ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`, async () => {
+      await run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`))
+      detail(`dropped ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`)
+    })
   }
-  for (const { id, stage } of await exchange.readExchanges(site)) {
-    if (id < before && (stage === 'done' || stage === 'undone'))
-      await change(`remove uploads that restore ${id} replaced: older than RESTORE_KEEP_DAYS`, () =>
-        exchange.removeExchange(site, id),
-      )
+  for (const { id } of exchanges) {
+    if (id < before && !underWay.includes(id))
+      await change(`remove what restore ${id} replaced: older than RESTORE_KEEP_DAYS`, async () => {
+        await plans.removeExchange(site, id)
+        detail(`removed what restore ${id} replaced: older than RESTORE_KEEP_DAYS`)
+      })
   }
 }
 
 /** Later than all others, also when the clock went backwards: `undo` takes back the last one. */
 export async function newId(site: Site, databases: Databases): Promise<string> {
-  const used = [...databases.kept, ...(await exchange.readExchanges(site))].map(({ id }) => id)
+  const used = [...databases.kept, ...(await plans.readExchanges(site))].map(({ id }) => id)
   const last = used.toSorted().at(-1) ?? ''
   const now = idOf(new Date())
   if (now > last) return now
@@ -190,12 +229,12 @@ export async function runningSchema(site: Site, release: string | undefined): Pr
 
 /** A restore on top of one that is half done would be torn apart by the mending. @throws Problem */
 export async function refusePending(site: Site): Promise<void> {
-  const [first] = await exchange.pendingExchanges(site)
+  const [first] = await plans.pendingExchanges(site)
   if (first)
     throw new Problem(
       exitCodes.failed,
       `restore ${first.id} was interrupted and could not be mended yet; nothing was changed`,
-      `See that PostgreSQL runs, then: ${scriptCommand('data', site.envFile)}`,
+      `Mend what the warning says, then: ${scriptCommand('data', site.envFile)}`,
     )
 }
 

@@ -4,6 +4,7 @@ import { opendir, stat } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
+import { textOf } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
 
 export interface UploadsArchive {
@@ -23,7 +24,7 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
   const list = openSync(listPath, 'wx', 0o600)
   let lines = ''
   const archive = createArchive(tarPath, (file) => {
-    lines += `${JSON.stringify(file)}\n`
+    lines += textOf(file)
     if (lines.length > 65_536) flush()
   })
   const known = new Map<string, Added>()
@@ -37,10 +38,12 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
     const added = unsafe ? { skipped: unsafe } : await archive.addFile(join(uploads, name), name)
     if ('skipped' in added) {
       skipped.set(name, added.skipped)
-      return
+      // What the first pass has of it is not what the snapshot refers to.
+      known.delete(name)
+    } else {
+      skipped.delete(name)
+      known.set(name, added)
     }
-    skipped.delete(name)
-    known.set(name, added)
   }
 
   function flush(): void {

@@ -1,14 +1,14 @@
 /** Is a set what was written, and can it be read to its end? Nothing is restored. */
 import { createHash } from 'node:crypto'
-import { statfs } from 'node:fs/promises'
 import { join } from 'node:path'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
-import { healthyPostgresql, megabytes } from './backup.mts'
-import { createDatabase } from './databases.mts'
-import { readManifest, sumOf, uploadLines, wrongSums, type UploadLine } from './manifest.mts'
+import { healthyPostgresql } from './backup.mts'
+import { needRoom } from './room.mts'
+import { createDatabase, databaseSize } from './databases.mts'
+import { readManifest, sumOf, textOf, uploadLines, wrongSums, type UploadLine } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
 import { openSnapshot } from './snapshot.mts'
@@ -57,7 +57,12 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
   const manifest = await readManifest(folder)
   if (!manifest.database) return []
   const postgresql = await needPostgresql(site)
-  await needSpace(site, postgresql)
+  const size = databaseSize(site.database.name)
+  const bytes = 1.5 * Number(await run(query(postgresql, 'postgres', size)))
+  const advice = 'Make room, or verify without --deep.'
+  await needRoom('to restore the dump for a look needs', [{ folder: site.folders.postgres, bytes }], {
+    advice,
+  })
   await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}" WITH (FORCE)`))
   const create = createDatabase(scratch, 'postgres', manifest.database.settings)
   await run(query(postgresql, 'postgres', create))
@@ -112,20 +117,6 @@ function isDamage(error: unknown): boolean {
   )
 }
 
-/** A full disk would stop the live database. @throws Problem before anything is written */
-async function needSpace(site: Site, postgresql: string): Promise<void> {
-  const size = `SELECT pg_database_size('${site.database.name.replaceAll("'", "''")}')`
-  const needed = 1.5 * Number(await run(query(postgresql, 'postgres', size)))
-  const disk = await statfs(site.folders.postgres)
-  const free = disk.bavail * disk.bsize
-  if (needed < free) return
-  throw new Problem(
-    exitCodes.failed,
-    `to restore the dump for a look needs about ${megabytes(needed)}, and ${megabytes(free)} are free on the disk of ${site.folders.postgres}`,
-    'Make room, or verify without --deep.',
-  )
-}
-
 async function needPostgresql(site: Site): Promise<string> {
   const id = await healthyPostgresql(site)
   if (id !== undefined) return id
@@ -145,7 +136,7 @@ async function readUploads(tarPath: string, listPath: string): Promise<void> {
       write: (part) => hash.update(part),
       end() {
         const line: UploadLine = { name, sizeBytes, sha256: hash.digest('hex') }
-        list.update(`${JSON.stringify(line)}\n`)
+        list.update(textOf(line))
       },
     }
   })

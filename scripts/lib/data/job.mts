@@ -1,0 +1,165 @@
+/** What a restore is going to do, decided before anything is touched: does the set fit, what would change, is there room. */
+import { join } from 'node:path'
+import { run } from '../command.mts'
+import { query } from '../compose.mts'
+import { readEnv } from '../envfile.mts'
+import { smoke } from '../health.mts'
+import { imageOf } from '../releases.mts'
+import { alive, exitCodes, explain, Problem, warn } from '../report.mts'
+import { scriptCommand, type Site, type SlotName } from '../settings.mts'
+import { observe } from '../slots.mts'
+import { secretsPrint } from './backup.mts'
+import { readDatabases, type Databases } from './databases.mts'
+import { bytesOf, planExchange, type Plan } from './plan.mts'
+import { listed, obstacles, type Acceptable, type Obstacle } from './fitness.mts'
+import { readManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
+import { leastFreeBytes } from './load.mts'
+import { megabytes, needRoom } from './room.mts'
+import { setFolder } from './sets.mts'
+import { needPostgresql, needRoot, newId, refusePending, runningSchema } from './undo.mts'
+
+export interface Request {
+  set: string
+  parts: Part[]
+  accept: Acceptable[]
+  isAgreed: boolean
+  /** What to say of the rest when it is refused: nothing was changed. */
+  unchanged: string
+}
+
+export interface Job extends Request {
+  site: Site
+  /** Time at which it began; names what it leaves. */
+  id: string
+  manifest: Manifest
+  folder: string
+  /** Id of PostgreSQL's container. */
+  postgresql: string
+  databases: Databases
+  withDatabase: boolean
+  /** What happens to the uploads; undefined when they stay. */
+  uploads: Plan | undefined
+  release: string | undefined
+  /** Whether visitors were served well before, what reads the database included. */
+  wasServing: boolean
+}
+
+/** @throws Problem that lists all that speaks against it */
+export async function prepare(site: Site, request: Request): Promise<Job> {
+  needRoot(site.envFile, `restore ${request.set}`)
+  const folder = setFolder(site, request.set)
+  const progress = { bytes: 0 }
+  const wrong = await alive(
+    () => `reading ${request.set}, ${megabytes(progress.bytes)}`,
+    () => wrongSums(folder, progress),
+  )
+  const manifest = await readManifest(folder).catch((error: unknown) => {
+    throw refusal(site, request, [explain(error)], [])
+  })
+  const absent = request.parts.filter((part) => !manifest.parts.includes(part))
+  if (absent.length > 0)
+    throw new Problem(
+      exitCodes.usage,
+      `${request.set} holds ${manifest.parts.join(', ')}, not ${absent.join(', ')}`,
+      `Restore what it has with --only, or take another one: ${scriptCommand('data', site.envFile, 'list')}`,
+    )
+  const postgresql = await needPostgresql(site)
+  await refusePending(site)
+  const databases = await readDatabases(site, postgresql)
+  const { master, slave, flag } = await observe(site)
+  const serving = flag === 'strapi-slave' ? slave : master
+  const found = obstacles(manifest, {
+    parts: request.parts,
+    wrong,
+    serverVersion: await run(query(postgresql, 'postgres', "SELECT current_setting('server_version')")),
+    secrets: secretsPrint(await readEnv(join(site.source, '.env')), manifest.createdAt),
+    schemaHash: await runningSchema(site, serving.release),
+    runningRelease: serving.release,
+    hasRelease: manifest.release !== undefined && (await imageOf(site, manifest.release)) !== undefined,
+  })
+  refuseObstacles(site, request, found)
+  const job: Job = {
+    ...request,
+    // What was accepted just in case must not change anything.
+    accept: request.accept.filter(
+      (word) => word === 'damaged' || found.some(({ accept }) => accept === word),
+    ),
+    site,
+    id: await newId(site, databases),
+    manifest,
+    folder,
+    postgresql,
+    databases,
+    withDatabase: request.parts.includes('database'),
+    uploads: request.parts.includes('uploads')
+      ? await alive(
+          () => 'comparing the uploads',
+          () => planExchange(site, folder, manifest.missing),
+        )
+      : undefined,
+    release: serving.release,
+    wasServing: serving.status === 'healthy' && (await isServing(site, flag)),
+  }
+  await needSpace(job)
+  return job
+}
+
+/** Warns of what was accepted. @throws Problem that lists the rest */
+function refuseObstacles(site: Site, request: Request, found: Obstacle[]): void {
+  const { accept } = request
+  const refused = found.filter((one) => !accept.includes(one.accept))
+  const words = [...new Set(found.map((one) => one.accept))]
+  if (refused.length > 0)
+    throw refusal(
+      site,
+      request,
+      refused.map(({ sentence }) => sentence),
+      words,
+    )
+  for (const { sentence } of found) warn(`accepted: ${sentence}`)
+}
+
+function refusal(
+  site: Site,
+  { set, unchanged }: Request,
+  sentences: string[],
+  accept: Acceptable[],
+): Problem {
+  const other = `Take another one: ${scriptCommand('data', site.envFile, 'list')}`
+  const accepting =
+    accept.length > 0
+      ? `\nOr accept it: ${scriptCommand('data', site.envFile, `restore ${set} ${accept.map((word) => `--accept ${word}`).join(' ')}`)}`
+      : ''
+  return new Problem(
+    exitCodes.failed,
+    `${set} is not restored, and ${unchanged}:${listed(sentences)}`,
+    `${other}${accepting}`,
+  )
+}
+
+async function isServing(site: Site, slot: SlotName): Promise<boolean> {
+  return await smoke(site, slot).then(
+    () => true,
+    () => false,
+  )
+}
+
+/** The database itself, and what PostgreSQL's log of it may grow to (max_wal_size). */
+function databaseNeeds(bytes: number): number {
+  return 1.2 * bytes + Math.min(bytes, 2 ** 30) + leastFreeBytes
+}
+
+async function needSpace({ site, manifest, withDatabase, uploads, unchanged }: Job): Promise<void> {
+  const dump = manifest.files['database.dump']?.sizeBytes ?? 0
+  await needRoom(
+    'to restore it needs',
+    [
+      {
+        folder: site.folders.postgres,
+        bytes: withDatabase ? databaseNeeds(manifest.database?.bytes ?? 6 * dump) : 0,
+      },
+      { folder: site.folders.uploads, bytes: uploads ? bytesOf(uploads) : 0 },
+    ],
+    { unchanged },
+  )
+}

@@ -17,7 +17,6 @@ import {
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
 import { query } from '../scripts/lib/compose.mts'
@@ -152,6 +151,12 @@ describe('a backup', () => {
     const editors = (async () => {
       for (let number = 0; !stopping.signal.aborted; number += 1) {
         await addPicture(`live_${number}.png`)
+        // Replaced: new bytes under the old name, then its row.
+        if (number % 3 === 1) {
+          const name = `live_${number - 1}.png`
+          await writeFile(join(site.folders.uploads, name), randomBytes(25_000))
+          await sql(`UPDATE files SET size = 25 WHERE name = '${name}'`)
+        }
         // Gone for good: the file first, then the row, as Strapi does.
         if (number % 3 === 2) {
           const name = `live_${number - 2}.png`
@@ -180,8 +185,9 @@ describe('a backup', () => {
   })
 
   test('does not run beside another one, and says who runs', async () => {
-    const first = own.begin('data', ['backup'])
-    await sleep(400)
+    const began = Promise.withResolvers<void>()
+    const first = own.begin('data', ['backup'], () => began.resolve())
+    await began.promise
     const second = await own.run('data')
     expect(second.code).toBe(4)
     expect(second.stderr).toContain(`process ${first.child.pid}`)
@@ -300,9 +306,9 @@ describe('a backup that cannot be made', () => {
 
   test('because of Ctrl-C leaves nothing half-made, exit code 130', async () => {
     const before = await listSets(site)
-    const { child, outcome } = own.begin('data', ['backup'])
-    await sleep(500)
-    child.kill('SIGINT')
+    const { outcome } = own.begin('data', ['backup'], ({ message }, child) => {
+      if (message === 'taking a snapshot of the database') child.kill('SIGINT')
+    })
     expect((await outcome).code).toBe(130)
     expect(await listSets(site)).toEqual(before)
     await expectNothingHalfMade()
@@ -523,6 +529,31 @@ describe('a set as one file', () => {
     await run(['tar', '-xf', file(), '-C', own.folder])
     await run(['sha256sum', '--check', '--strict', 'SHA256SUMS'], { cwd: join(own.folder, name) })
     await rm(join(own.folder, name), { recursive: true })
+  })
+
+  test('that does not fit on the disk leaves nothing behind, whichever way it goes', async () => {
+    const name = await makeSet()
+    const bytes = await folderBytes(setFolder(site, name))
+    const small = join(own.folder, 'small')
+    await mkdir(small)
+    await run(['mount', '-t', 'tmpfs', '-o', `size=${Math.ceil(bytes / 2048)}k`, 'tmpfs', small])
+    try {
+      const exported = await own.run('data', 'export', name, join(small, 'exported.tar'))
+      expect(exported.code).toBe(1)
+      expect(exported.stderr).toContain('no space left on device')
+      expect(await readdir(small)).toEqual([])
+      await mustSucceed(own.run('data', 'export', name, file()))
+      await mkdir(join(small, '.incoming'))
+      await own.set({ BACKUP_DIR: small })
+      const imported = await own.run('data', 'import', file())
+      expect(imported.code).toBe(1)
+      expect(imported.stderr).toContain('the set needs about')
+      expect(await readdir(small)).toEqual(['.incoming'])
+    } finally {
+      await own.set({ BACKUP_DIR: site.folders.backups })
+      await run(['umount', small])
+      await rm(small, { recursive: true })
+    }
   })
 
   test('is not taken when it was cut, changed or made by somebody else', async () => {

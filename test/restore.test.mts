@@ -18,7 +18,7 @@ import { ownFolder } from '../scripts/lib/data/untar.mts'
 import { filesBelow } from '../scripts/lib/data/uploads.mts'
 import { loadSite, projectRoot, type Site } from '../scripts/lib/settings.mts'
 import { logIn, registerAdmin, seePicture } from './admin.mts'
-import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './harness.mts'
+import { mustSucceed, resultOf, settingOf, strapiSite, type Event, type TestSite } from './harness.mts'
 
 let own: TestSite
 let site: Site
@@ -465,66 +465,83 @@ describe('a set that does not fit', () => {
 })
 
 describe('killed with -9', () => {
-  async function killed(
-    command: string[],
-    step: string,
-    when: 'step' | 'step-done',
-    delayMs = 0,
-  ): Promise<void> {
+  /** When an event has come, and so many milliseconds later. */
+  async function killed(command: string[], at: (event: Event) => boolean, delayMs = 0): Promise<void> {
     let wasReached = false
     const { outcome } = own.begin('data', command, (event, child) => {
-      if (event.event !== when || event.step !== step || wasReached) return
+      if (wasReached || !at(event)) return
       wasReached = true
       setTimeout(() => child.kill('SIGKILL'), delayMs)
     })
     await outcome
-    expect(wasReached, `${when} ${step}`).toBe(true)
+    expect(wasReached).toBe(true)
+  }
+  const begins = (step: string) => (one: Event) => one.event === 'step' && one.step === step
+  const ends = (step: string) => (one: Event) => one.event === 'step-done' && one.step === step
+  const says = (text: string) => (one: Event) => one.message.startsWith(text)
+
+  /** A killed one may just have come to its end. */
+  async function undoUnlessDone(): Promise<void> {
+    const kept = join(site.folders.uploads, ownFolder)
+    const ids = (await readdir(kept)).toSorted()
+    const isDone = existsSync(join(kept, ids.at(-1) ?? '', 'plan.undone'))
+    await mustSucceed(own.run('data', ...(isDone ? ['backup', '--only', 'config'] : ['undo', '--yes'])))
   }
 
   test.each([
-    ['1/6', 'step', 0],
-    ['2/6', 'step', 0],
-    ['2/6', 'step', 300],
-    ['2/6', 'step', 600],
-    ['3/6', 'step', 0],
-    ['3/6', 'step-done', 0],
-    ['4/6', 'step', 0],
-    ['4/6', 'step', 5],
-    ['4/6', 'step-done', 0],
-    ['5/6', 'step', 0],
-    ['5/6', 'step', 60],
-    ['5/6', 'step', 120],
-    ['5/6', 'step-done', 0],
-    ['6/6', 'step', 0],
-    ['6/6', 'step', 50],
-  ] as const)('in %s (%s + %i ms) a restore leaves the old or the new state', async (step, when, delayMs) => {
-    const spoilt = await spoil()
-    await killed(['restore', set, '--yes'], step, when, delayMs)
-    // Whichever command comes next.
-    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-    await expectNothingHalfMade()
-    await expectServed()
-    const now = await state()
-    if (now.rows.pings !== saved.rows.pings) return expect(now).toEqual(spoilt)
-    expect(now).toEqual(saved)
-    await mustSucceed(own.run('data', 'undo', '--yes'))
-    expect(await state()).toEqual(spoilt)
-    await expectServed()
-  })
+    ['1/6', begins, 0],
+    ['2/6', begins, 0],
+    ['2/6', begins, 300],
+    ['2/6', begins, 600],
+    ['3/6', begins, 0],
+    ['3/6', ends, 0],
+    ['4/6', begins, 0],
+    ['4/6', begins, 5],
+    ['4/6', ends, 0],
+    ['5/6', begins, 0],
+    ['5/6', begins, 60],
+    ['5/6', begins, 120],
+    ['5/6', ends, 0],
+    ['6/6', begins, 0],
+    ['6/6', begins, 50],
+  ] as const)(
+    'when %s %o (+ %i ms), a restore leaves the old or the new state',
+    async (step, when, delayMs) => {
+      const spoilt = await spoil()
+      await killed(['restore', set, '--yes'], when(step), delayMs)
+      // Whichever command comes next.
+      await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      await expectNothingHalfMade()
+      await expectServed()
+      const now = await state()
+      if (now.rows.pings !== saved.rows.pings) return expect(now).toEqual(spoilt)
+      expect(now).toEqual(saved)
+      await mustSucceed(own.run('data', 'undo', '--yes'))
+      expect(await state()).toEqual(spoilt)
+      await expectServed()
+    },
+  )
 
-  test.each([0, 60, 100, 140, 200])(
-    'after %i ms an undo of the database alone is finished by the next one, which takes back no other',
-    async (delayMs) => {
+  const pointsOfUndo = [
+    ['Take back restore', 0],
+    ['putting replaced and surplus uploads back', 0],
+    ['putting replaced and surplus uploads back', 3],
+    ['swapping the databases', 0],
+    ['swapping the databases', 80],
+    ['swapping the databases', 160],
+    ['taking out the uploads that it had brought', 0],
+    ['taking out the uploads that it had brought', 3],
+  ] as const
+
+  test.each(pointsOfUndo.slice(2, -1))(
+    'at "%s" (+ %i ms), an undo of the database alone is finished by the next one, which takes back no other',
+    async (point, delayMs) => {
       const spoilt = await spoil()
       await mustSucceed(own.run('data', 'restore', set, '--only', 'database', '--yes'))
       await sql('DELETE FROM pings')
       await mustSucceed(own.run('data', 'restore', set, '--only', 'database', '--yes'))
-      await killed(['undo', '--yes'], '1/1', 'step', delayMs)
-      const kept = join(site.folders.uploads, ownFolder)
-      const ids = (await readdir(kept)).toSorted()
-      // Else it had come to its end.
-      if (!existsSync(join(kept, ids.at(-1) ?? '', 'plan.undone')))
-        await mustSucceed(own.run('data', 'undo', '--yes'))
+      await killed(['undo', '--yes'], says(point), delayMs)
+      await undoUnlessDone()
       expect(await sql('SELECT count(*) FROM pings')).toBe('0')
       await mustSucceed(own.run('data', 'undo', '--yes'))
       expect(await state()).toEqual(spoilt)
@@ -535,7 +552,7 @@ describe('killed with -9', () => {
   test('before its swap, it is what undo means, not the restore before it', async () => {
     const spoilt = await spoil()
     await mustSucceed(own.run('data', 'restore', set, '--yes'))
-    await killed(['restore', set, '--yes'], '3/6', 'step-done')
+    await killed(['restore', set, '--yes'], ends('3/6'))
     const { stdout } = await mustSucceed(own.run('data', 'undo', '--yes'))
     expect(stdout).toContain('interrupted before it was live')
     expect(await state()).toEqual(saved)
@@ -546,7 +563,7 @@ describe('killed with -9', () => {
   test('and kept from being mended by a file that cannot be moved, it stops no backup, but another restore', async () => {
     const before = new Set(await readdir(site.folders.uploads))
     const spoilt = await spoil()
-    await killed(['restore', set, '--yes'], '5/6', 'step-done')
+    await killed(['restore', set, '--yes'], ends('5/6'))
     const surplus = Object.keys(spoilt.uploads).find((name) => name.startsWith('after_') && !before.has(name))
     const file = join(site.folders.uploads, surplus ?? '')
     // What something is mounted on cannot be renamed.
@@ -569,19 +586,13 @@ describe('killed with -9', () => {
     await expectNothingHalfMade()
   })
 
-  test.each([0, 40, 80, 120, 160, 240])(
-    'after %i ms an undo is finished by the next one',
-    async (delayMs) => {
+  test.each(pointsOfUndo)(
+    'at "%s" (+ %i ms), an undo is finished by the next one',
+    async (point, delayMs) => {
       const spoilt = await spoil()
       await mustSucceed(own.run('data', 'restore', set, '--yes'))
-      await killed(['undo', '--yes'], '1/1', 'step', delayMs)
-      const now = await state()
-      if (
-        now.rows.pings !== spoilt.rows.pings ||
-        now.uploads['picture_3.png'] !== spoilt.uploads['picture_3.png']
-      )
-        await mustSucceed(own.run('data', 'undo', '--yes'))
-      else await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      await killed(['undo', '--yes'], says(point), delayMs)
+      await undoUnlessDone()
       expect(await state()).toEqual(spoilt)
       await expectServed()
       await expectNothingHalfMade()

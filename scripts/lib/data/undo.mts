@@ -98,15 +98,22 @@ async function lastRestore(site: Site, databases: Databases) {
 /** May be repeated, and goes on where a killed one stopped. */
 export async function takeBack(site: Site, id: string, postgresql: string): Promise<void> {
   const files = (await plans.readExchanges(site)).find((one) => one.id === id && one.stage !== 'staging')
-  if (files) await exchange.putBack(site, id)
+  if (files) {
+    detail('putting replaced and surplus uploads back')
+    await exchange.putBack(site, id)
+  }
   const { live, kept } = await readDatabases(site, postgresql)
   const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
   if (live?.restoredBy === id) {
     if (!before) throw new Error(`the database before restore ${id} is not kept any more`)
+    detail('swapping the databases')
     const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
     await swap(postgresql, { ...names, hasLive: true, comment: undefined })
   }
-  if (files) await exchange.takeAdded(site, id)
+  if (files) {
+    detail('taking out the uploads that it had brought')
+    await exchange.takeAdded(site, id)
+  }
 }
 
 export interface Mended {

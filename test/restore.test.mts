@@ -410,7 +410,7 @@ describe('a set that does not fit', () => {
     expect(await refused()).toMatch(/nothing was changed/)
   })
 
-  test.each<[string, string, (manifest: Manifest) => Partial<Manifest>]>([
+  const misfits: [string, string, (manifest: Manifest) => Partial<Manifest>][] = [
     ['other-secrets', 'strapi/.env', () => ({ secrets: 'others' })],
     [
       'newer-postgresql',
@@ -419,12 +419,19 @@ describe('a set that does not fit', () => {
     ],
     ['other-schema', 'would have to be deployed right afterwards', () => ({ schemaHash: 'other' })],
     ['incomplete', 'uploads/a.png is not there', () => ({ missing: ['uploads/a.png is not there'] })],
-  ])('names --accept %s, which accepts it', async (word, says, fields) => {
+  ]
+  test.each(misfits)('names --accept %s, and what it is', async (word, says, fields) => {
     await change(fields)
     const said = await refused()
     expect(said).toContain(says)
-    expect(said).toContain(`--accept ${word}`)
-    await mustSucceed(own.run('data', 'restore', copy, '--yes', '--accept', word))
+    expect(said.match(/--accept [\w-]+/g)).toEqual([`--accept ${word}`])
+  })
+
+  test('is accepted when all that is wrong with it is, and not when one thing is not', async () => {
+    for (const [, , fields] of misfits) await change(fields)
+    const words = misfits.map(([word]) => ['--accept', word])
+    expect(await refused(...words.slice(1).flat())).toContain('--accept other-secrets')
+    await mustSucceed(own.run('data', 'restore', copy, '--yes', ...words.flat()))
     expect(await state()).toEqual(saved)
     await mustSucceed(own.run('data', 'undo', '--yes'))
   })
@@ -491,18 +498,15 @@ describe('killed with -9', () => {
   test.each([
     ['1/6', begins, 0],
     ['2/6', begins, 0],
-    ['2/6', begins, 300],
     ['2/6', begins, 600],
     ['3/6', begins, 0],
     ['3/6', ends, 0],
     ['4/6', begins, 0],
-    ['4/6', begins, 5],
     ['4/6', ends, 0],
     ['5/6', begins, 0],
     ['5/6', begins, 60],
     ['5/6', begins, 120],
     ['5/6', ends, 0],
-    ['6/6', begins, 0],
     ['6/6', begins, 50],
   ] as const)(
     'when %s %o (+ %i ms), a restore leaves the old or the new state',
@@ -533,7 +537,7 @@ describe('killed with -9', () => {
     ['taking out the uploads that it had brought', 3],
   ] as const
 
-  test.each(pointsOfUndo.slice(2, -1))(
+  test.each(pointsOfUndo.slice(3, -2))(
     'at "%s" (+ %i ms), an undo of the database alone is finished by the next one, which takes back no other',
     async (point, delayMs) => {
       const spoilt = await spoil()

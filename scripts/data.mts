@@ -6,7 +6,7 @@ import { makeBackup } from './lib/data/backup.mts'
 import { megabytes } from './lib/data/room.mts'
 import { bytesOf, findSet, lookAtSets, newestUnreadable } from './lib/data/catalogue.mts'
 import { exclusively } from './lib/data/exclusive.mts'
-import { acceptable, type Acceptable } from './lib/data/fitness.mts'
+import { acceptable, listed, type Acceptable } from './lib/data/fitness.mts'
 import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
 import { restoreNewHost } from './lib/data/newhost.mts'
 import { pinged, type Pings } from './lib/data/ping.mts'
@@ -55,8 +55,8 @@ Backs up the Strapi site while it runs, reads back what was written, and puts it
   --json            one JSON object a line, the last one is the result
   --help
 
-Exit codes: 0 done; 1 failed; 2 usage or settings; 3 degraded: the set is there, something is missing in it;
-4 another run holds the lock; 130 interrupted.`
+Exit codes: 0 done; 1 failed; 2 usage or settings; 3 degraded: the set is there, something is missing in it, or a restore is
+half done; 4 another run holds the lock; 130 interrupted.`
 
 interface Command {
   run: (site: Site, wish: Wish) => Promise<void>
@@ -182,11 +182,9 @@ async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
 }
 
 function degraded(site: Site, name: string, missing: string[]): Problem {
-  const shown = missing.slice(0, 20).map((line) => `\n  - ${line}`)
-  const more = missing.length > 20 ? `\n  and ${missing.length - 20} more, all in its manifest.json` : ''
   return new Problem(
     exitCodes.degraded,
-    `the set ${name} was written, but it lacks:${shown.join('')}${more}`,
+    `the set ${name} was written, but it lacks what its manifest.json names:${listed(missing)}`,
     `Rows that refer to files which are gone can be removed in the media library. The set: ${setFolder(site, name)}`,
   )
 }
@@ -219,6 +217,8 @@ async function list(site: Site): Promise<void> {
 
 async function prune(site: Site, { waitMs }: Wish): Promise<void> {
   await exclusively(site, 'prune', waitMs, async () => {
+    // It may need its set.
+    await refusePending(site)
     const catalogue = await lookAtSets(site)
     const { sets, unreadable } = catalogue
     for (const { name, why } of unreadable) warn(`${name} stays: ${why}`)
@@ -351,7 +351,7 @@ async function verify(site: Site, { words, deep, waitMs }: Wish): Promise<void> 
 function damaged(site: Site, name: string, wrong: string[]): Problem {
   return new Problem(
     exitCodes.failed,
-    `${name} is damaged:${wrong.map((line) => `\n  - ${line}`).join('')}`,
+    `${name} is damaged:${listed(wrong)}`,
     `Use another one: ${scriptCommand('data', site.envFile, 'list')}`,
   )
 }

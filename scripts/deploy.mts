@@ -3,10 +3,8 @@ import { parseArgs } from 'node:util'
 import * as act from './lib/actions.mts'
 import { runChecks } from './lib/checks.mts'
 import { applicationProblems } from './lib/checks/settings.mts'
-import { endOrphans, markCommands, orphans } from './lib/command.mts'
-import { endBackupLeftovers } from './lib/data/backup.mts'
-import { pendingExchanges } from './lib/data/plan.mts'
-import { mendRestore } from './lib/data/undo.mts'
+import { markCommands } from './lib/command.mts'
+import { endLeftovers } from './lib/data/exclusive.mts'
 import { masterFailed, moveFailed, slaveFailed, type Run } from './lib/failures.mts'
 import { smoke, stillFit, untilHealthy } from './lib/health.mts'
 import { readHistory, remember, trail, type Entry } from './lib/history.mts'
@@ -87,7 +85,8 @@ interface Rollback {
 
 async function deploy(site: Site, rollback: Rollback | undefined): Promise<void> {
   const startedAt = Date.now()
-  await endLeftovers(site)
+  // They may be those of a run that goes on; only who holds the lock can tell.
+  if (!report.isDryRun()) await endLeftovers(site)
   const situation = await look(site)
   await runChecks(site, situation.way)
   // Without a running database nobody can tell what an older release would drop.
@@ -212,7 +211,7 @@ async function startFirst(run: Run): Promise<undefined> {
   const { site, release } = run
   await step('2/7', 'Nothing serves yet: start PostgreSQL and Redis, no slave', async () => {
     await act.startServices(site)
-    await mendRestores(site)
+    if (!report.isDryRun()) await endLeftovers(site)
     await act.backUpDatabase(site, 'nothing served before, nothing serves now')
   })
   try {
@@ -252,28 +251,6 @@ async function fitForVisitors(run: Run, slot: SlotName): Promise<void> {
 /** Before the other slot is stopped, for which there is no way back. */
 async function stillFitForVisitors(run: Run, slot: SlotName): Promise<void> {
   await report.change(`see that ${slot} has run all the time`, () => stillFit(run.site, slot, run.imageId))
-}
-
-/** Ends what a killed run left behind: a build, a command, a restore. */
-async function endLeftovers(site: Site): Promise<void> {
-  // They may be those of a run that goes on; only who holds the lock can tell.
-  if (report.isDryRun()) return
-  const left = await orphans(site.project)
-  if (left.length > 0) {
-    detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
-    await endOrphans(site.project)
-  }
-  // What another user's run has left must not stop a deploy.
-  const found = await endBackupLeftovers(site).catch((error: unknown) => warn(report.explain(error)))
-  for (const line of found ?? []) detail(`an earlier run left ${line}: removed`)
-  await mendRestores(site)
-}
-
-async function mendRestores(site: Site): Promise<void> {
-  if (report.isDryRun() || (await pendingExchanges(site)).length === 0) return
-  // A deploy makes it neither better nor worse.
-  const mended = await mendRestore(site).catch((error: unknown) => warn(report.explain(error)))
-  for (const found of mended?.found ?? []) detail(`an earlier run left ${found}`)
 }
 
 /** What is, in one line. Waits while the only slot that could serve is booting. */

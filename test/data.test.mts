@@ -22,7 +22,7 @@ import { orphans, run } from '../scripts/lib/command.mts'
 import { query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { healthyPostgresql } from '../scripts/lib/data/backup.mts'
-import { readManifest, writeManifest, wrongSums } from '../scripts/lib/data/manifest.mts'
+import { readManifest, uploadLines, writeManifest, wrongSums } from '../scripts/lib/data/manifest.mts'
 import { backupSession } from '../scripts/lib/data/postgresql.mts'
 import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
 import { folderBytes } from '../scripts/lib/data/uploads.mts'
@@ -72,6 +72,22 @@ async function addPicture(name: string): Promise<void> {
 
 async function makeSet(...options: string[]): Promise<string> {
   return String(resultOf(await mustSucceed(own.begin('data', ['backup', ...options]).outcome)).set)
+}
+
+/** Where the set's row tells of new bytes, they are in its archive. @returns in how many rows */
+async function expectReplaced(folder: string): Promise<number> {
+  const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
+  const restore = `docker exec -i -u postgres ${postgresql?.Id} pg_restore --data-only --table=files --file=- < database.dump`
+  const text = await run(['sh', '-c', restore], { cwd: folder })
+  const [, header = '', data = ''] =
+    /^COPY public.files \((.*)\) FROM stdin;\n([^]*?)\n\\\.$/m.exec(text) ?? []
+  const columns = header.split(', ')
+  const rows = data.split('\n').map((line) => line.split('\t'))
+  const sizes = new Map<string, number>()
+  for await (const { name, sizeBytes } of uploadLines(folder)) sizes.set(name, sizeBytes)
+  const changed = rows.filter((row) => Number(row[columns.indexOf('size')]) === 25)
+  for (const row of changed) expect(sizes.get(row[columns.indexOf('name')] ?? '')).toBe(25_000)
+  return changed.length
 }
 
 /** Nothing but finished sets and the empty incoming folder is there, and no session is left in PostgreSQL. */
@@ -148,6 +164,7 @@ describe('a backup', () => {
 
   test('has every file that its own state refers to while pictures come and go', async () => {
     const stopping = new AbortController()
+    let replaced = 0
     const editors = (async () => {
       for (let number = 0; !stopping.signal.aborted; number += 1) {
         await addPicture(`live_${number}.png`)
@@ -167,12 +184,13 @@ describe('a backup', () => {
     })()
     try {
       for (let times = 0; times < 30; times += 1) {
-        const { missing, uploads } = await readManifest(
-          setFolder(site, await makeSet('--only', 'database,uploads')),
-        )
+        const folder = setFolder(site, await makeSet('--only', 'database,uploads'))
+        const { missing, uploads } = await readManifest(folder)
         expect(missing).toEqual([])
         expect(uploads?.files).toBeGreaterThan(400)
+        replaced += await expectReplaced(folder)
       }
+      expect(replaced).toBeGreaterThan(0)
     } finally {
       stopping.abort()
       await editors

@@ -29,7 +29,7 @@ async function plan(missing: string[] = []): Promise<plans.Plan> {
 }
 
 async function stage(planned: plans.Plan): Promise<void> {
-  await exchange.stage(site, { id, withDatabase: false }, planned, join(set, 'uploads.tar'))
+  await exchange.begin(site, { id, withDatabase: false }, planned, join(set, 'uploads.tar'))
 }
 
 /** The set holds a, b, c and d; live are a, another b, c and the newer e. */
@@ -79,7 +79,7 @@ test('what an editor replaced or deleted between the plan and the swap comes bac
   const tar = join(set, 'uploads.tar')
   await exchange.putLate(site, id, planned, tar)
   expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd', e: 'e' })
-  await put({ c: 'replaced again' })
+  await put({ a: 'replaced again', b: 'replaced, too', c: 'uploaded again' })
   await exchange.putLate(site, id, planned, tar)
   // Nothing is late any more: the archive is not even opened.
   await exchange.putLate(site, id, planned, join(set, 'gone.tar'))
@@ -87,7 +87,10 @@ test('what an editor replaced or deleted between the plan and the swap comes bac
   expect(await live()).toEqual({ a: 'a', b: 'b', c: 'c', d: 'd' })
   await exchange.putBack(site, id)
   await exchange.takeAdded(site, id)
-  expect(await live()).toEqual({ a: 'replaced meanwhile', b: 'other b', c: 'replaced again', e: 'e' })
+  expect(await live()).toEqual({ a: 'replaced again', b: 'replaced, too', c: 'uploaded again', e: 'e' })
+  const kept = join(site.folders.uploads, ownFolder, id, 'replaced')
+  expect(await readFile(join(kept, 'a.1'), 'utf8')).toBe('replaced meanwhile')
+  expect(await readFile(join(kept, 'b.1'), 'utf8')).toBe('other b')
 })
 
 test('a killed one that is taken back hours later leaves what editors did since, and loses nothing', async () => {
@@ -121,7 +124,7 @@ test('what came late, and was written down but not unpacked when the run was kil
   const gone = join(set, 'gone.tar')
   await expect(exchange.putLate(site, id, planned, gone)).rejects.toThrow('ENOENT')
   // A part of it was.
-  await writeFile(join(site.folders.uploads, ownFolder, id, 'incoming/a'), '')
+  await writeFile(join(site.folders.uploads, ownFolder, id, 'unpacking'), '')
   await exchange.putIncoming(site, id)
   expect((await live()).a).toBe('replaced meanwhile')
   // Between the two runs an editor has put another one there.
@@ -134,7 +137,7 @@ test('what came late, and was written down but not unpacked when the run was kil
 
 test('one of the database alone is written down without files', async () => {
   const before = await live()
-  await exchange.stage(site, { id, withDatabase: true }, undefined, join(set, 'uploads.tar'))
+  await exchange.begin(site, { id, withDatabase: true }, undefined, join(set, 'uploads.tar'))
   expect(await plans.pendingExchanges(site)).toEqual([{ id, stage: 'planned' }])
   expect(await plans.scopeOf(site, id)).toEqual({ withDatabase: true, withUploads: false })
   await exchange.takeSurplus(site, id)

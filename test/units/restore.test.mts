@@ -131,11 +131,13 @@ GRANT gone TO reader;
 })
 
 test.each([
-  [{ provider: 'i', locale: 'fr-FR' } as const, "LOCALE_PROVIDER icu ICU_LOCALE 'fr-FR'"],
-  [{ provider: 'c', locale: null } as const, 'LOCALE_PROVIDER libc'],
-])('a database is made as the one of the set was: %j', (own, expected) => {
+  [{ provider: 'i', locale: 'fr-FR' } as const, '16.4', " LOCALE_PROVIDER icu ICU_LOCALE 'fr-FR'"],
+  [{ provider: 'c', locale: null } as const, '17.1', ' LOCALE_PROVIDER libc'],
+  [{ provider: null, locale: null } as const, '15.0', ' LOCALE_PROVIDER libc'],
+  [{ provider: 'c', locale: null } as const, '14.9', ''],
+])('a database is made as the one of the set was: %j on %s', (own, serverVersion, expected) => {
   const settings = { encoding: 'UTF8', collation: 'C.UTF-8', characters: 'C.UTF-8', owner: 'BoB', ...own }
-  const sql = createDatabase('new', 'Bo"B', settings)
+  const sql = createDatabase('new', 'Bo"B', settings, serverVersion)
   expect(sql).toContain(`CREATE DATABASE "new" OWNER "Bo""B" TEMPLATE template0 ENCODING 'UTF8'`)
   expect(sql).toContain(expected)
 })

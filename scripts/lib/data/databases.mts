@@ -51,8 +51,18 @@ export async function readDatabases(site: Site, containerId: string): Promise<Da
   }
 }
 
+/** As in 16.4. */
+export async function serverVersionOf(containerId: string): Promise<string> {
+  return (await run(query(containerId, 'postgres', "SELECT current_setting('server_version')"))).trim()
+}
+
 /** SQL that makes an empty database as the set's was. @param settings of the set; undefined takes the server's own */
-export function createDatabase(name: string, owner: string, settings: DatabaseSettings | undefined): string {
+export function createDatabase(
+  name: string,
+  owner: string,
+  settings: DatabaseSettings | undefined,
+  serverVersion: string,
+): string {
   const parts = [`CREATE DATABASE ${identifier(name)} OWNER ${identifier(owner)} TEMPLATE template0`]
   if (settings?.provider !== undefined) {
     const providers: Record<string, string> = {
@@ -62,7 +72,9 @@ export function createDatabase(name: string, owner: string, settings: DatabaseSe
     }
     parts.push(`ENCODING ${literal(settings.encoding)}`)
     parts.push(`LC_COLLATE ${literal(settings.collation)} LC_CTYPE ${literal(settings.characters)}`)
-    if (settings.provider !== null) parts.push(`LOCALE_PROVIDER ${providers[settings.provider] ?? 'libc'}`)
+    // Before 15 there was only libc, and no word for it.
+    if (Number.parseInt(serverVersion) >= 15)
+      parts.push(`LOCALE_PROVIDER ${providers[settings.provider ?? 'c'] ?? 'libc'}`)
   }
   return parts.join(' ')
 }
@@ -93,7 +105,7 @@ export function properties(name: string, settings: DatabaseSettings | undefined,
   return sql
 }
 
-/** What holds a list of quoted names, in which each is a value of its own (GUC_LIST_QUOTE); pg_dump knows the same ones. */
+/** What holds a list of quoted names, in which each is a value of its own: GUC_LIST_QUOTE in PostgreSQL's source. */
 const lists = new Set([
   'local_preload_libraries',
   'search_path',

@@ -2,7 +2,7 @@
  * The uploads of a set take the place of the live ones, file by file, and can go back. Nothing is deleted: what leaves goes to
  * the folder of the exchange. Every step may be repeated.
  */
-import { closeSync, fchownSync, fchmodSync, futimesSync, openSync, writeSync } from 'node:fs'
+import { closeSync, fchownSync, fchmodSync, futimesSync, openSync, renameSync, writeSync } from 'node:fs'
 import { chown, link, lstat, mkdir, rename } from 'node:fs/promises'
 import { createHash } from 'node:crypto'
 import { dirname, join } from 'node:path'
@@ -24,7 +24,7 @@ import {
 import { readArchive, type ArchivedFile, type Sink } from './untar.mts'
 
 /** Unpacks what the plan needs beside the live files, and writes the plan down. Without one there is nothing to unpack. */
-export async function stage(
+export async function begin(
   site: Site,
   { id, withDatabase }: { id: string; withDatabase: boolean },
   plan: Plan | undefined,
@@ -40,10 +40,13 @@ export async function stage(
 
 async function unpackPlan(
   folder: string,
-  { added, changed, surplus }: Plan,
+  { added, changed, surplus, same }: Plan,
   tarPath: string,
 ): Promise<PlanLine[]> {
-  const looks = await unpackAll(folder, new Map([...added, ...changed]), tarPath)
+  const differing = new Map([...added, ...changed])
+  const looks = await unpackAll(folder, differing, tarPath)
+  // As soon as they are in their places. Editors may replace those, too.
+  for (const [name, sum] of differing) same.set(name, { ...sum, look: looks.get(name) ?? '' })
   return [
     ...[...added.keys()].map((name) => ({ name, do: 'add' as const, look: looks.get(name) })),
     ...[...changed.keys()].map((name) => ({ name, do: 'change' as const, look: looks.get(name) })),
@@ -51,7 +54,7 @@ async function unpackPlan(
   ]
 }
 
-/** A file that was as in the set, and has been replaced or deleted since the plan was made. */
+/** A file that was as in the set, from the beginning or since it was put there, and has been replaced or deleted. */
 interface Late {
   sum: FileSum
   /** What is there now. */
@@ -126,20 +129,22 @@ async function unpackAll(
   const right = new Map<string, string>()
   await readArchive(tarPath, (file) => {
     const sum = needed.get(file.name)
+    // Under one name until it is whole: nothing else ever gets among the incoming files.
+    const partial = join(folder, 'unpacking')
     const onEnd = (sha256: string) => {
-      if (sha256 === sum?.sha256)
-        right.set(file.name, lookOf({ size: file.sizeBytes, mtimeMs: file.mtimeMs }))
+      if (sha256 !== sum?.sha256) return
+      renameSync(partial, join(folder, 'incoming', file.name))
+      right.set(file.name, lookOf({ size: file.sizeBytes, mtimeMs: file.mtimeMs }))
     }
-    return sum && unpack(join(folder, 'incoming', file.name), file, onEnd)
+    return sum && unpack(partial, file, onEnd)
   })
   const wrong = [...needed.keys()].filter((name) => !right.has(name))
   if (wrong.length > 0)
     throw new Error(`uploads.tar does not hold what uploads.jsonl says: ${wrong.slice(0, 5).join(', ')}`)
-  await run(['sync', '--file-system', folder])
+  await run(['sync', '--file-system', folder], { timeoutMs: 12 * 3_600_000 })
   return right
 }
 
-/** A later version of the same name overwrites an earlier one, as `tar` does. */
 function unpack(path: string, file: ArchivedFile, onEnd: (sha256: string) => void): Sink {
   const target = openSync(path, 'w', 0o600)
   const hash = createHash('sha256')
@@ -160,32 +165,39 @@ function unpack(path: string, file: ArchivedFile, onEnd: (sha256: string) => voi
 
 /** New and changed files take their places; a name never has no file. */
 export async function putIncoming(site: Site, id: string): Promise<void> {
-  for (const line of await readPlan(site, id)) {
+  await forEach(await readPlan(site, id), async (line) => {
     if (line.do === 'add' || line.do === 'change') await replace(site, line.name, id, 'incoming', 'replaced')
-  }
+  })
 }
 
 /** Surplus files leave. What was uploaded since the plan stays. Then the exchange is done. */
 export async function takeSurplus(site: Site, id: string): Promise<void> {
-  for (const line of await readPlan(site, id)) {
+  await forEach(await readPlan(site, id), async (line) => {
     if (line.do === 'remove') await takeAway(site, line.name, id, 'replaced')
-  }
+  })
   await proceed(site, id, 'done')
 }
 
 /** What the exchange had taken away comes back. */
 export async function putBack(site: Site, id: string): Promise<void> {
   await proceed(site, id, 'undoing')
-  for (const line of await readPlan(site, id)) await replace(site, line.name, id, 'replaced', 'undone')
+  await forEach(await readPlan(site, id), ({ name }) => replace(site, name, id, 'replaced', 'undone'))
 }
 
 /** What the exchange had brought leaves, unless it never got to its place, or somebody has replaced it since. Then it is undone. */
 export async function takeAdded(site: Site, id: string): Promise<void> {
-  for (const line of await readPlan(site, id)) {
-    if (line.do !== 'add' || !(await wasPut(site, id, line))) continue
+  await forEach(await readPlan(site, id), async (line) => {
+    if (line.do !== 'add' || !(await wasPut(site, id, line))) return
     if ((await liveLook(site, line.name)) === line.look) await takeAway(site, line.name, id, 'undone')
-  }
+  })
   await proceed(site, id, 'undone')
+}
+
+/** One file that cannot be moved does not keep the others from it. @throws what the first of them threw, at the end */
+async function forEach(lines: PlanLine[], action: (line: PlanLine) => Promise<void>): Promise<void> {
+  const failures: unknown[] = []
+  for (const line of lines) await action(line).catch((error: unknown) => failures.push(error))
+  if (failures.length > 0) throw failures[0]
 }
 
 /** Before a restore that was killed is taken back, maybe hours later: what was replaced again since stays as it is now. */
@@ -220,10 +232,20 @@ async function replace(
   // A second name for the old bytes, so that the rename that replaces them leaves no moment without a file.
   const kept = join(folderOf(site, id), to, name)
   await mkdir(dirname(kept), { recursive: true })
+  await keepEarlier(live, kept)
   await link(live, kept).catch((error: NodeJS.ErrnoException) => {
     if (error.code !== 'ENOENT' && error.code !== 'EEXIST') throw error
   })
   await rename(source, live)
+}
+
+/** What an editor replaced twice while it ran: the later version is what comes back, the earlier one stays beside it. */
+async function keepEarlier(live: string, kept: string): Promise<void> {
+  const [now, before] = await Promise.all([live, kept].map((path) => lstat(path).catch(() => undefined)))
+  if (!now || !before || now.ino === before.ino) return
+  let number = 1
+  while (await exists(`${kept}.${number}`)) number += 1
+  await rename(kept, `${kept}.${number}`)
 }
 
 async function takeAway(site: Site, name: string, id: string, to: 'replaced' | 'undone'): Promise<void> {

@@ -1,7 +1,7 @@
-/** One run at a time per site, and none on what an earlier one left half-made. */
+/** One run at a time per site, which first mends what an earlier one left half-made. */
 import { endOrphans, markCommands, orphans } from '../command.mts'
 import { takeLock } from '../lock.mts'
-import { change, detail, isDryRun } from '../report.mts'
+import { change, detail, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 import { endBackupLeftovers } from './backup.mts'
 import { mendRestore, type Mended } from './undo.mts'
@@ -26,14 +26,23 @@ export async function exclusively(
   }
 }
 
-async function endLeftovers(site: Site): Promise<Mended> {
+/** Ends what a killed run left behind: commands, half-made sets, a restore. What cannot be mended yet is warned of. */
+export async function endLeftovers(site: Site): Promise<Mended> {
   const left = await orphans(site.project)
   if (left.length > 0) {
     detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
     await endOrphans(site.project)
   }
-  for (const found of await endBackupLeftovers(site)) detail(`an earlier run left ${found}: removed`)
-  const mended = await mendRestore(site)
+  // What another user's run has left must not stop a deploy, nor a backup of what can be.
+  for (const found of await endBackupLeftovers(site).catch(warned))
+    detail(`an earlier run left ${found}: removed`)
+  const mended = await mendRestore(site).catch((error: unknown) => ({ found: warned(error) }))
   for (const found of mended.found) detail(`an earlier run left ${found}`)
   return mended
+}
+
+function warned(error: unknown): string[] {
+  interrupted.throwIfAborted()
+  warn([explain(error), ...(error instanceof Problem ? [error.advice] : [])].join('\n'))
+  return []
 }

@@ -49,7 +49,7 @@ export function obstacles(manifest: Manifest, site: Circumstances): Obstacle[] {
     )
   const hasDatabase = site.parts.includes('database')
   const from = manifest.versions.postgresql
-  const here = site.serverVersion?.trim()
+  const here = site.serverVersion
   if (hasDatabase && from && here && Number.parseInt(from) > Number.parseInt(here))
     found.push({
       accept: 'newer-postgresql',

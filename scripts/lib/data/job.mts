@@ -1,7 +1,5 @@
 /** What a restore is going to do, decided before anything is touched: does the set fit, what would change, is there room. */
 import { join } from 'node:path'
-import { run } from '../command.mts'
-import { query } from '../compose.mts'
 import { readEnv } from '../envfile.mts'
 import { smoke } from '../health.mts'
 import { imageOf } from '../releases.mts'
@@ -9,7 +7,7 @@ import { alive, exitCodes, explain, Problem, warn } from '../report.mts'
 import { scriptCommand, type Site, type SlotName } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { secretsPrint } from './backup.mts'
-import { readDatabases, type Databases } from './databases.mts'
+import { readDatabases, serverVersionOf, type Databases } from './databases.mts'
 import { bytesOf, planExchange, type Plan } from './plan.mts'
 import { listed, obstacles, type Acceptable, type Obstacle } from './fitness.mts'
 import { readManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
@@ -36,6 +34,7 @@ export interface Job extends Request {
   /** Id of PostgreSQL's container. */
   postgresql: string
   databases: Databases
+  serverVersion: string
   withDatabase: boolean
   /** What happens to the uploads; undefined when they stay. */
   uploads: Plan | undefined
@@ -66,12 +65,13 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
   const postgresql = await needPostgresql(site)
   await refusePending(site)
   const databases = await readDatabases(site, postgresql)
+  const serverVersion = await serverVersionOf(postgresql)
   const { master, slave, flag } = await observe(site)
   const serving = flag === 'strapi-slave' ? slave : master
   const found = obstacles(manifest, {
     parts: request.parts,
     wrong,
-    serverVersion: await run(query(postgresql, 'postgres', "SELECT current_setting('server_version')")),
+    serverVersion,
     secrets: secretsPrint(await readEnv(join(site.source, '.env')), manifest.createdAt),
     schemaHash: await runningSchema(site, serving.release),
     runningRelease: serving.release,
@@ -90,6 +90,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     folder,
     postgresql,
     databases,
+    serverVersion,
     withDatabase: request.parts.includes('database'),
     uploads: request.parts.includes('uploads')
       ? await alive(

@@ -2,7 +2,7 @@
 import { link } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { join } from 'node:path'
-import { run } from '../command.mts'
+import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
 import { alive, detail, exitCodes, interrupted, Problem, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
@@ -23,7 +23,7 @@ export async function loadDump(job: Job): Promise<void> {
   const { site, manifest, postgresql, id } = job
   const owner = site.database.user
   const settings = manifest.database?.settings
-  await run(query(postgresql, 'postgres', createDatabase(incoming, owner, settings)))
+  await run(query(postgresql, 'postgres', createDatabase(incoming, owner, settings, job.serverVersion)))
   const roles = await createMissingRoles(site, postgresql, job.folder, id)
   if (roles.created.length > 0) detail(`created the roles ${roles.created.join(', ')}, as in the set`)
   for (const line of await setProperties(job, properties(incoming, settings, roles.all))) warn(line)
@@ -46,7 +46,8 @@ export async function loadDump(job: Job): Promise<void> {
     )
   } finally {
     disk.stop()
-    await run(tools.removeIncoming(postgresql, [file]))
+    // What stays is removed by the next run; a PostgreSQL that died must not hide why.
+    await ask(tools.removeIncoming(postgresql, [file]))
   }
   // What the server thinks of its tables is in no dump; without it the first visitors would get slow plans.
   await run(query(postgresql, incoming, 'ANALYZE'), { timeoutMs: 3_600_000, signal: interrupted })
@@ -75,7 +76,7 @@ function watchDisk(site: Site, postgresql: string) {
     controller.abort(
       new Problem(
         exitCodes.failed,
-        `the disk of ${site.folders.postgres} is almost full, so the restore gave up; nothing was changed`,
+        `the disk of ${site.folders.postgres} is almost full, so the restore gave up; what is live is as before`,
         'Make room, then run it again.',
       ),
     )

@@ -109,7 +109,7 @@ async function writeDown(job: Job): Promise<void> {
   if (job.uploads) job.uploads = await plans.planExchange(site, folder, manifest.missing)
   await alive(
     () => (job.uploads ? `unpacking ${megabytes(plans.bytesOf(job.uploads))}` : ''),
-    () => exchange.stage(site, { id, withDatabase }, job.uploads, join(folder, 'uploads.tar')),
+    () => exchange.begin(site, { id, withDatabase }, job.uploads, join(folder, 'uploads.tar')),
   )
 }
 
@@ -186,7 +186,7 @@ async function notRestored(job: Job, error: unknown): Promise<unknown> {
     for (const line of (await mendRestore(site)).found) detail(line)
     if ((await plans.pendingExchanges(site)).length > 0) throw new Error('something could not be mended yet')
     if (!(await isLive(job)))
-      return new Problem(code, `${set} was not restored (${how}); nothing was changed`, '', error)
+      return new Problem(code, `${set} was not restored (${how}); what is live is as before`, '', error)
     return new Problem(
       interrupted.aborted ? exitCodes.interrupted : exitCodes.degraded,
       `${how}, and ${set} is live`,

@@ -1,7 +1,7 @@
 /** Roles that a dump names and this server lacks: without them its owners and grants cannot be restored. They stay. */
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { run } from '../command.mts'
+import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
 import type { Site } from '../settings.mts'
 import * as tools from './postgresql.mts'
@@ -62,6 +62,6 @@ export async function runSql(
     await writeFile(join(incomingFolder(site), file), `${tools.unlogged}\n${sql}\n`, { mode: 0o600 })
     await run(tools.runFile(postgresql, file, goesOn), onLine ? { onLine } : {})
   } finally {
-    await run(tools.removeIncoming(postgresql, [file]))
+    await ask(tools.removeIncoming(postgresql, [file]))
   }
 }

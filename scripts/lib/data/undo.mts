@@ -27,6 +27,11 @@ import * as exchange from './exchange.mts'
 import * as plans from './plan.mts'
 import type { Acceptable } from './fitness.mts'
 
+/** A large database takes its time. */
+const patiently = { timeoutMs: 3_600_000 }
+/** Errors that end when somebody makes room. */
+const passing = ['ENOSPC', 'EDQUOT', 'EMFILE', 'ENFILE', 'ENOMEM']
+
 /** Takes the last restore back. */
 export async function undoRestore(
   site: Site,
@@ -95,17 +100,23 @@ async function lastRestore(site: Site, databases: Databases) {
   }
 }
 
-/** May be repeated, and goes on where a killed one stopped. */
+/** May be repeated, and goes on where a killed one stopped. @throws Error before anything is touched when it cannot be */
 export async function takeBack(site: Site, id: string, postgresql: string): Promise<void> {
   const files = (await plans.readExchanges(site)).find((one) => one.id === id && one.stage !== 'staging')
+  const { live, kept } = await readDatabases(site, postgresql)
+  const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
+  const isToSwap = live?.restoredBy === id
+  if (isToSwap && !before) {
+    const gone = `the database before restore ${id} is not kept any more`
+    // Half of it has gone back already: somebody has dropped that database since.
+    if (files?.stage === 'undoing') warn(`${gone}: only the uploads are taken back`)
+    else throw new Error(gone)
+  }
   if (files) {
     detail('putting replaced and surplus uploads back')
     await exchange.putBack(site, id)
   }
-  const { live, kept } = await readDatabases(site, postgresql)
-  const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
-  if (live?.restoredBy === id) {
-    if (!before) throw new Error(`the database before restore ${id} is not kept any more`)
+  if (isToSwap && before) {
     detail('swapping the databases')
     const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
     await swap(postgresql, { ...names, hasLive: true, comment: undefined })
@@ -137,12 +148,11 @@ export async function mendRestore(site: Site): Promise<Mended> {
     return {
       found: exchanges.map(({ id }) => `restore ${id} unfinished; that has to wait for PostgreSQL`),
     }
-  await plans.endRemovals(site)
   const databases = await readDatabases(site, postgresql)
   const found: string[] = []
   let takenBack: string | undefined
   if (databases.hasIncoming) {
-    await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`))
+    await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`), patiently)
     takenBack = 'a restore that was interrupted before it was live is removed'
     found.push('a half-restored database: removed')
   }
@@ -175,9 +185,9 @@ async function mendExchange(
   }
   if (live?.restoredBy === id) {
     await exchange.resumeLate(site, id, setFolder(site, live.fromSet ?? '')).catch((error: unknown) => {
-      const { code } = error as NodeJS.ErrnoException
       // What may go better the next time is left to it. A set that is gone or damaged never will.
-      if (interrupted.aborted || (code !== undefined && code !== 'ENOENT')) throw error
+      const isPassing = passing.includes((error as NodeJS.ErrnoException).code ?? '')
+      if (interrupted.aborted || isPassing) throw error
       warn(`what editors changed during restore ${id} stays so: ${explain(error)}`)
     })
     await exchange.putIncoming(site, id)
@@ -195,12 +205,13 @@ export async function removeOldRestores(site: Site, now: Date): Promise<void> {
   const postgresql = await healthyPostgresql(site)
   // Database and uploads of a restore go together or not at all.
   if (postgresql === undefined) return warn('what restores replaced stays for now: PostgreSQL does not run')
+  await plans.endRemovals(site)
   const exchanges = await plans.readExchanges(site)
   const underWay = (await plans.pendingExchanges(site)).map(({ id }) => id)
   for (const { name, id, bytes } of (await readDatabases(site, postgresql)).kept) {
     if (id >= before || underWay.includes(id)) continue
     await change(`drop ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`, async () => {
-      await run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`))
+      await run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`), patiently)
       detail(`dropped ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`)
     })
   }

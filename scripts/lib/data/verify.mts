@@ -7,7 +7,7 @@ import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { healthyPostgresql } from './backup.mts'
 import { needRoom } from './room.mts'
-import { createDatabase, databaseSize } from './databases.mts'
+import { createDatabase, databaseSize, serverVersionOf } from './databases.mts'
 import { readManifest, sumOf, textOf, uploadLines, wrongSums, type UploadLine } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
@@ -64,7 +64,8 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
     advice,
   })
   await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}" WITH (FORCE)`))
-  const create = createDatabase(scratch, 'postgres', manifest.database.settings)
+  const version = await serverVersionOf(postgresql)
+  const create = createDatabase(scratch, 'postgres', manifest.database.settings, version)
   await run(query(postgresql, 'postgres', create))
   try {
     const failure = await run(restoreDump(postgresql, scratch), {

@@ -110,7 +110,7 @@ test('uploads: a second pass adds what came or changed, keeps what vanished, and
   const referenced = ['same.png', 'replaced.png', 'deleted.png', 'new.png', 'never.png']
   expect(await archive.close(referenced)).toMatchObject({
     files: 6,
-    missing: ['uploads/never.png is not there'],
+    missing: new Map([['never.png', 'is not there']]),
   })
   const to = await unpacked(folder)
   const contents = {
@@ -140,7 +140,7 @@ test('uploads: what was replaced by something unreadable is missing, although it
   await symlink('other.png', join(uploads, 'one.png'))
   await archive.pass()
   const { missing } = await archive.close(['one.png', 'other.png'])
-  expect(missing).toEqual(['uploads/one.png is a link'])
+  expect(missing).toEqual(new Map([['one.png', 'is a link']]))
 })
 
 test('a thread of sums that has died refuses, and is not waited for', async () => {
@@ -151,4 +151,15 @@ test('a thread of sums that has died refuses, and is not waited for', async () =
   ])
   await thread.end()
   await expect(thread.reckon(batch())).rejects.toThrow('has ended')
+})
+
+test('uploads: a folder whose name is not UTF-8 is named, not passed over', async () => {
+  const folder = await newFolder()
+  const odd = Buffer.concat([Buffer.from(`${folder}/uploads/dir`), Buffer.from([0xe9])])
+  await mkdir(odd, { recursive: true })
+  await writeFile(Buffer.concat([odd, Buffer.from('/inside.png')]), 'inside')
+  await using archive = archiveUploads(join(folder, 'uploads'), join(folder, 'a.tar'), join(folder, 'list'))
+  await archive.pass()
+  const { missing } = await archive.close([])
+  expect([...missing.values()]).toEqual(['has a name that is not UTF-8'])
 })

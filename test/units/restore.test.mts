@@ -119,6 +119,8 @@ CREATE ROLE "odd ""one""";
 GRANT "BoB" TO postgres WITH INHERIT TRUE GRANTED BY postgres;
 GRANT reader TO "BoB" WITH INHERIT TRUE GRANTED BY "somebody else";
 GRANT gone TO reader;
+ALTER ROLE reader SET app.motto TO 'two
+lines; GRANT';
 `
   const { names, sql: found } = missingRoles(sql, ['postgres', 'BoB'])
   expect(names).toEqual(['reader', 'odd "one"'])
@@ -127,6 +129,8 @@ GRANT gone TO reader;
     "ALTER ROLE reader WITH LOGIN PASSWORD 'SCRAM-2';",
     'CREATE ROLE "odd ""one""";',
     'GRANT reader TO "BoB" WITH INHERIT TRUE;',
+    "ALTER ROLE reader SET app.motto TO 'two",
+    "lines; GRANT';",
   ])
 })
 
@@ -148,6 +152,7 @@ test('a database gets the parameters, those of its roles and the rights that the
     collation: 'C',
     characters: 'C',
     owner: 'BoB',
+    connectionLimit: 90,
     parameters: ['work_mem=8MB', `app.secret=it's, "quoted"`],
     roleParameters: [
       { role: 'reader', parameters: ['search_path="$user", "odd ""one""", public'] },
@@ -164,11 +169,12 @@ test('a database gets the parameters, those of its roles and the rights that the
     `ALTER DATABASE "new" SET "work_mem" = '8MB';`,
     `ALTER DATABASE "new" SET "app"."secret" = 'it''s, "quoted"';`,
     `ALTER ROLE "reader" IN DATABASE "new" SET "search_path" = '$user', 'odd "one"', 'public';`,
+    'ALTER DATABASE "new" CONNECTION LIMIT 90;',
     'REVOKE ALL ON DATABASE "new" FROM PUBLIC;',
     'GRANT CONNECT ON DATABASE "new" TO "reader" WITH GRANT OPTION;',
     'GRANT TEMPORARY ON DATABASE "new" TO PUBLIC;',
   ])
-  const plain = { ...settings, parameters: null, roleParameters: null, grants: null }
+  const plain = { ...settings, connectionLimit: -1, parameters: null, roleParameters: null, grants: null }
   expect(properties('new', plain, [])).toEqual([])
   expect(properties('new', undefined, [])).toEqual([])
 })

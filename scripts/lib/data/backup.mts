@@ -117,7 +117,7 @@ interface Job {
 async function fill(site: Site, job: Job): Promise<Manifest> {
   const { folder, parts, createdAt } = job
   const { state, uploads } = await takeState(site, job)
-  const missing = [...(uploads?.missing ?? [])]
+  const missing = [...(uploads?.missing ?? [])].map(([name, reason]) => `uploads/${name} ${reason}`)
   if (parts.includes('config')) {
     detail('archiving the configuration')
     missing.push(...(await archiveConfig(site, join(folder, 'config.tar'))))
@@ -138,7 +138,11 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
       settings: state.settings,
       rows: state.rows,
     },
-    uploads: uploads && { files: uploads.files, bytes: uploads.bytes },
+    uploads: uploads && {
+      files: uploads.files,
+      bytes: uploads.bytes,
+      missing: [...uploads.missing.keys()],
+    },
     secrets: secretsPrint(await readEnv(join(site.source, '.env')), createdAt.toISOString()),
   }
   await writeFile(join(folder, 'RECOVERY.md'), recovery(site, job.name, manifest), { mode: 0o600 })

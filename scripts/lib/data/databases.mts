@@ -93,6 +93,8 @@ export function properties(name: string, settings: DatabaseSettings | undefined,
       parameters.map((one) => setParameter(`ROLE ${identifier(role)} IN DATABASE ${database}`, one)),
     ),
   ]
+  const limit = settings?.connectionLimit ?? -1
+  if (Number.isInteger(limit) && limit >= 0) sql.push(`ALTER DATABASE ${database} CONNECTION LIMIT ${limit};`)
   // Without a list of its own, the defaults of the server apply.
   if (settings?.grants) sql.push(`REVOKE ALL ON DATABASE ${database} FROM PUBLIC;`)
   for (const { grantee, privilege, isGrantable } of settings?.grants ?? []) {

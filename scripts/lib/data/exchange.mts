@@ -8,6 +8,7 @@ import { createHash } from 'node:crypto'
 import { dirname, join } from 'node:path'
 import { run } from '../command.mts'
 import { strapiUid } from '../folders.mts'
+import { explain, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 import { uploadLines, type FileSum } from './manifest.mts'
 import {
@@ -170,11 +171,14 @@ export async function putIncoming(site: Site, id: string): Promise<void> {
   })
 }
 
-/** Surplus files leave. What was uploaded since the plan stays. Then the exchange is done. */
+/** Surplus files leave. What was uploaded since the plan stays, and what cannot be moved. Then the exchange is done. */
 export async function takeSurplus(site: Site, id: string): Promise<void> {
-  await forEach(await readPlan(site, id), async (line) => {
-    if (line.do === 'remove') await takeAway(site, line.name, id, 'replaced')
-  })
+  for (const { name, do: what } of await readPlan(site, id)) {
+    if (what !== 'remove') continue
+    await takeAway(site, name, id, 'replaced').catch((error: unknown) =>
+      warn(`${name}, which the set does not have, stays: ${explain(error)}`),
+    )
+  }
   await proceed(site, id, 'done')
 }
 
@@ -232,20 +236,21 @@ async function replace(
   // A second name for the old bytes, so that the rename that replaces them leaves no moment without a file.
   const kept = join(folderOf(site, id), to, name)
   await mkdir(dirname(kept), { recursive: true })
-  await keepEarlier(live, kept)
+  await keepEarlier(live, kept, join(folderOf(site, id), 'earlier'))
   await link(live, kept).catch((error: NodeJS.ErrnoException) => {
     if (error.code !== 'ENOENT' && error.code !== 'EEXIST') throw error
   })
   await rename(source, live)
 }
 
-/** What an editor replaced twice while it ran: the later version is what comes back, the earlier one stays beside it. */
-async function keepEarlier(live: string, kept: string): Promise<void> {
+/** What an editor replaced twice while it ran: the later version is what comes back, earlier ones stay in a folder of their own. */
+async function keepEarlier(live: string, kept: string, earlier: string): Promise<void> {
   const [now, before] = await Promise.all([live, kept].map((path) => lstat(path).catch(() => undefined)))
   if (!now || !before || now.ino === before.ino) return
+  await mkdir(earlier, { recursive: true, mode: 0o700 })
   let number = 1
-  while (await exists(`${kept}.${number}`)) number += 1
-  await rename(kept, `${kept}.${number}`)
+  while (await exists(join(earlier, String(number)))) number += 1
+  await rename(kept, join(earlier, String(number)))
 }
 
 async function takeAway(site: Site, name: string, id: string, to: 'replaced' | 'undone'): Promise<void> {

@@ -1,33 +1,30 @@
 /** One run at a time per site, which first mends what an earlier one left half-made. */
 import { endOrphans, markCommands, orphans } from '../command.mts'
 import { takeLock } from '../lock.mts'
-import { change, detail, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
+import { detail, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 import { endBackupLeftovers } from './backup.mts'
-import { mendRestore, type Mended } from './undo.mts'
+import { mendRestore, rememberTakenBack, type Mended } from './undo.mts'
 
 /** Runs an action under the lock of the site, with what a killed run left mended first. @throws Problem (locked) */
 export async function exclusively(
   site: Site,
   command: string,
   waitMs: number,
-  action: (mended: Mended) => Promise<void>,
+  action: () => Promise<void>,
 ): Promise<void> {
   const lock = isDryRun() ? undefined : await takeLock(site.project, command, waitMs)
   try {
     markCommands(site.project)
-    let mended: Mended = { found: [] }
-    await change('mend what an earlier run left half-made', async () => {
-      mended = await endLeftovers(site)
-    })
-    await action(mended)
+    if (!isDryRun()) await endLeftovers(site)
+    await action()
   } finally {
     lock?.release()
   }
 }
 
 /** Ends what a killed run left behind: commands, half-made sets, a restore. What cannot be mended yet is warned of. */
-export async function endLeftovers(site: Site): Promise<Mended> {
+export async function endLeftovers(site: Site): Promise<void> {
   const left = await orphans(site.project)
   if (left.length > 0) {
     detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
@@ -36,9 +33,9 @@ export async function endLeftovers(site: Site): Promise<Mended> {
   // What another user's run has left must not stop a deploy, nor a backup of what can be.
   for (const found of await endBackupLeftovers(site).catch(warned))
     detail(`an earlier run left ${found}: removed`)
-  const mended = await mendRestore(site).catch((error: unknown) => ({ found: warned(error) }))
+  const mended: Mended = await mendRestore(site).catch((error: unknown) => ({ found: warned(error) }))
   for (const found of mended.found) detail(`an earlier run left ${found}`)
-  return mended
+  if (mended.takenBack !== undefined) await rememberTakenBack(site, mended.takenBack)
 }
 
 function warned(error: unknown): string[] {

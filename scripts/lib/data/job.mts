@@ -10,7 +10,7 @@ import { secretsPrint } from './backup.mts'
 import { readDatabases, serverVersionOf, type Databases } from './databases.mts'
 import { bytesOf, planExchange, type Plan } from './plan.mts'
 import { listed, obstacles, type Acceptable, type Obstacle } from './fitness.mts'
-import { readManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
+import { missingIn, readManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
 import { leastFreeBytes } from './load.mts'
 import { megabytes, needRoom } from './room.mts'
 import { setFolder } from './sets.mts'
@@ -21,8 +21,8 @@ export interface Request {
   parts: Part[]
   accept: Acceptable[]
   isAgreed: boolean
-  /** What to say of the rest when it is refused: nothing was changed. */
-  unchanged: string
+  /** A host that is being set up: its settings were written, nothing serves yet. */
+  isNewHost: boolean
 }
 
 export interface Job extends Request {
@@ -41,6 +41,8 @@ export interface Job extends Request {
   release: string | undefined
   /** Whether visitors were served well before, what reads the database included. */
   wasServing: boolean
+  /** Why they are not served now, when they were not before either. */
+  unserved?: unknown
 }
 
 /** @throws Problem that lists all that speaks against it */
@@ -95,7 +97,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     uploads: request.parts.includes('uploads')
       ? await alive(
           () => 'comparing the uploads',
-          () => planExchange(site, folder, manifest.missing),
+          () => planExchange(site, folder, missingIn(manifest)),
         )
       : undefined,
     release: serving.release,
@@ -122,20 +124,25 @@ function refuseObstacles(site: Site, request: Request, found: Obstacle[]): void 
 
 function refusal(
   site: Site,
-  { set, unchanged }: Request,
+  { set, parts, isNewHost }: Request,
   sentences: string[],
   accept: Acceptable[],
 ): Problem {
+  const only = parts.length === 1 ? ` --only ${parts.join()}` : ''
   const other = `Take another one: ${scriptCommand('data', site.envFile, 'list')}`
   const accepting =
     accept.length > 0
-      ? `\nOr accept it: ${scriptCommand('data', site.envFile, `restore ${set} ${accept.map((word) => `--accept ${word}`).join(' ')}`)}`
+      ? `\nOr accept it: ${scriptCommand('data', site.envFile, `restore ${set}${only} ${accept.map((word) => `--accept ${word}`).join(' ')}`)}`
       : ''
   return new Problem(
     exitCodes.failed,
-    `${set} is not restored, and ${unchanged}:${listed(sentences)}`,
+    `${set} is not restored, and ${unchanged(isNewHost)}:${listed(sentences)}`,
     `${other}${accepting}`,
   )
+}
+
+function unchanged(isNewHost: boolean): string {
+  return isNewHost ? 'the settings were written, no data was touched' : 'nothing was changed'
 }
 
 async function isServing(site: Site, slot: SlotName): Promise<boolean> {
@@ -150,7 +157,7 @@ function databaseNeeds(bytes: number): number {
   return 1.2 * bytes + Math.min(bytes, 2 ** 30) + leastFreeBytes
 }
 
-async function needSpace({ site, manifest, withDatabase, uploads, unchanged }: Job): Promise<void> {
+async function needSpace({ site, manifest, withDatabase, uploads, isNewHost }: Job): Promise<void> {
   const dump = manifest.files['database.dump']?.sizeBytes ?? 0
   await needRoom(
     'to restore it needs',
@@ -161,6 +168,6 @@ async function needSpace({ site, manifest, withDatabase, uploads, unchanged }: J
       },
       { folder: site.folders.uploads, bytes: uploads ? bytesOf(uploads) : 0 },
     ],
-    { unchanged },
+    { unchanged: unchanged(isNewHost) },
   )
 }

@@ -26,7 +26,6 @@ export async function loadDump(job: Job): Promise<void> {
   await run(query(postgresql, 'postgres', createDatabase(incoming, owner, settings, job.serverVersion)))
   const roles = await createMissingRoles(site, postgresql, job.folder, id)
   if (roles.created.length > 0) detail(`created the roles ${roles.created.join(', ')}, as in the set`)
-  for (const line of await setProperties(job, properties(incoming, settings, roles.all))) warn(line)
   const file = `${id}.dump`
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
   const isForeign = settings !== undefined && settings.owner !== owner
@@ -54,10 +53,11 @@ export async function loadDump(job: Job): Promise<void> {
   const restored = await openSnapshot(postgresql, incoming, tools.restoreSession)
   await restored.close()
   const different = differentRows(manifest.database?.rows ?? {}, restored.rows)
-  if (different.length === 0) return
-  if (!job.accept.includes('damaged'))
+  if (different.length > 0 && !job.accept.includes('damaged'))
     throw new Error(`the dump does not hold what its manifest says: ${different.join('; ')}`)
   for (const line of different) warn(`accepted: ${line}`)
+  // Last of all: they may keep one from writing.
+  for (const line of await setProperties(job, properties(incoming, settings, roles.all))) warn(line)
 }
 
 /** @returns what could not be set, in PostgreSQL's words: not worth a restore */

@@ -29,7 +29,8 @@ export interface Manifest {
   versions: { postgresql?: string | undefined; strapi?: string | undefined }
   database:
     { name: string; bytes?: number; settings: DatabaseSettings; rows: Record<string, number> } | undefined
-  uploads: { files: number; bytes: number } | undefined
+  /** `missing`: the names in the sentences above; sets of earlier versions lack it. */
+  uploads: { files: number; bytes: number; missing?: string[] } | undefined
   /** HMAC-SHA256 of the application's secrets, keyed with `createdAt`: tells whether a site has the same ones, not which. */
   secrets: string | undefined
 }
@@ -44,6 +45,8 @@ export interface DatabaseSettings {
   provider?: 'c' | 'i' | 'b' | null
   /** Of ICU or builtin. */
   locale?: string | null
+  /** -1: none. */
+  connectionLimit?: number
   /** name=value of ALTER DATABASE ... SET. */
   parameters?: string[] | null
   /** The same of ALTER ROLE ... IN DATABASE ... SET. */
@@ -55,6 +58,13 @@ export interface DatabaseSettings {
 /** One line of uploads.jsonl: a file as it is in uploads.tar. */
 export interface UploadLine extends FileSum {
   name: string
+}
+
+/** Tells which uploads a set names as missing. */
+export function missingIn({ uploads, missing }: Manifest): (name: string) => boolean {
+  const names = uploads?.missing && new Set(uploads.missing)
+  if (names) return (name) => names.has(name)
+  return (name) => missing.some((sentence) => sentence.startsWith(`uploads/${name} `))
 }
 
 /** The text of a line. What some readers take for the end of a line is written as its number. */

@@ -48,7 +48,17 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
   const { envFile, folder, accept } = request
   needRoot(envFile, `restore --new-host ${folder}`)
   const found = await step('1/4', `Read ${folder}`, () => read(request))
-  if (isDryRun()) return say('Nothing was changed.')
+  if (isDryRun()) {
+    for (const [path, text] of [
+      [envFile, found.settings],
+      [join(found.planned.source, '.env'), found.application],
+    ] as const)
+      detail(`would write ${path}: ${changedNames((await readText(path)) ?? '', text) || 'as it is'}`)
+    detail(
+      `would set up the project ${found.planned.project} in ${found.planned.folders.uploads}, ${found.planned.folders.postgres}`,
+    )
+    return say('Nothing was changed.')
+  }
   await agree(`Set this host up from ${folder}`, request.isAgreed)
 
   await refuseLiveSite(found.planned)
@@ -71,11 +81,12 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
       // The secrets are those of the set by now, or it was accepted that they are not.
       accept: [...accept, 'other-secrets' as const],
       isAgreed: true,
-      unchanged: 'the settings were written, no data was touched',
+      isNewHost: true,
     }
     if (parts.length > 0) await step('4/4', `Restore ${set}`, () => restoreSet(site, wish))
+    const release = found.manifest.release ?? 'unknown'
     say(
-      `Now: ${asRoot(scriptCommand('setup', envFile, '--install'))}\nThen: ${scriptCommand('deploy', envFile)}`,
+      `Now: ${asRoot(scriptCommand('setup', envFile, '--install'))}\nThen: ${scriptCommand('deploy', envFile)} (the set is of release ${release}: the application should be that version)\nAnd backups every night: ${asRoot(scriptCommand('data', envFile, 'schedule'))}`,
     )
   })
 }
@@ -180,8 +191,14 @@ async function replaceText(path: string, text: string, stateDir: string): Promis
   await writeEnv(path, text)
   const user = invokingUser()
   if (before === undefined && user) await chown(path, user.uid, user.gid)
-  const names = Object.keys(parse(text)).filter((key) => parse(before ?? '')[key] !== parse(text)[key])
-  detail(`${path}: ${before === undefined ? 'written' : `changed ${names.join(', ')}`}`)
+  detail(`${path}: ${before === undefined ? 'written' : `changed ${changedNames(before, text)}`}`)
+}
+
+function changedNames(before: string, text: string): string {
+  const [old, values] = [parse(before), parse(text)]
+  return Object.keys(values)
+    .filter((key) => old[key] !== values[key])
+    .join(', ')
 }
 
 /** Keys for Firebase and Apple, where they are missing; Strapi's user reads them. */

@@ -8,7 +8,9 @@ import { lstat, readdir, readFile, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from '../envfile.mts'
 import { writeSynced } from '../history.mts'
+import { exitCodes, Problem } from '../report.mts'
 import type { Site } from '../settings.mts'
+import { listed } from './fitness.mts'
 import { sumOf, uploadLines, type FileSum } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
 import { filesBelow } from './uploads.mts'
@@ -55,10 +57,14 @@ export function folderOf(site: Site, id: string): string {
 
 /**
  * Compares, and changes nothing.
- * @param missing sentences of the manifest; of what they name, what is there stays as it is
- * @throws Error when the set's list holds a name that no set may hold
+ * @param isMissing tells of what the set has no version that belongs to its database: what is there stays as it is
+ * @throws Problem when files of the set cannot take their places; Error when its list holds a name that no set may hold
  */
-export async function planExchange(site: Site, setFolder: string, missing: string[]): Promise<Plan> {
+export async function planExchange(
+  site: Site,
+  setFolder: string,
+  isMissing: (name: string) => boolean,
+): Promise<Plan> {
   const wanted = new Map<string, FileSum>()
   for await (const { name, sizeBytes, sha256 } of uploadLines(setFolder)) {
     const unsafe = unsafeName(name)
@@ -67,21 +73,50 @@ export async function planExchange(site: Site, setFolder: string, missing: strin
   }
   const plan: Plan = { added: new Map(wanted), changed: new Map(), surplus: [], same: new Map() }
   const top = site.folders.uploads
+  const { dev } = await lstat(top)
+  const inTheWay: string[] = []
   for await (const name of filesBelow(top)) {
     const sum = wanted.get(name)
     const found = await lstat(join(top, name)).catch(() => undefined)
     if (!found) continue
     plan.added.delete(name)
-    // The set has no version of it that belongs to its database.
-    if (missing.some((sentence) => sentence.startsWith(`uploads/${name} `))) continue
-    if (sum) {
+    if (isMissing(name)) continue
+    if (sum && found.dev !== dev) inTheWay.push(`${join(top, name)} is on another disk`)
+    else if (sum) {
       const isSame =
         found.isFile() && found.size === sum.sizeBytes && (await sumOf(join(top, name))).sha256 === sum.sha256
       if (isSame) plan.same.set(name, { ...sum, look: lookOf(found) })
       else plan.changed.set(name, sum)
-    } else if (found.isFile() && unsafeName(name) === undefined) plan.surplus.push(name)
+    } else if (found.isFile() && found.dev === dev && unsafeName(name) === undefined) plan.surplus.push(name)
   }
+  inTheWay.push(...(await obstaclesTo(top, [...plan.added.keys()])))
+  if (inTheWay.length > 0)
+    throw new Problem(
+      exitCodes.failed,
+      `files of the set cannot take their places; what is live is as before:${listed(inTheWay)}`,
+      'Move it away, then run it again.',
+    )
   return plan
+}
+
+/** A file where the set has a folder, a folder where it has a file. */
+async function obstaclesTo(top: string, names: string[]): Promise<string[]> {
+  const folders = new Set(names.flatMap(parents))
+  const obstacles: string[] = []
+  for (const name of folders) {
+    const found = await lstat(join(top, name)).catch(() => undefined)
+    if (found && !found.isDirectory()) obstacles.push(`${join(top, name)} is no folder`)
+  }
+  for (const name of names) {
+    const found = await lstat(join(top, name)).catch(() => undefined)
+    if (found?.isDirectory()) obstacles.push(`${join(top, name)} is a folder`)
+  }
+  return obstacles
+}
+
+function parents(name: string): string[] {
+  const parts = name.split('/').slice(0, -1)
+  return parts.map((_, index) => parts.slice(0, index + 1).join('/'))
 }
 
 /** Bytes that the plan needs beside the live files. */

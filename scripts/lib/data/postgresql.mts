@@ -79,7 +79,7 @@ export const restoreFile = (containerId: string, { database, file, jobs, owner }
   '--user=root',
   '--env=PGUSER=postgres',
   `--env=PGAPPNAME=${restoreSession}`,
-  '--env=PGOPTIONS=-c synchronous_commit=off -c maintenance_work_mem=256MB',
+  `--env=PGOPTIONS=${unbound} -c synchronous_commit=off -c maintenance_work_mem=256MB`,
   containerId,
   'pg_restore',
   '--exit-on-error',
@@ -98,7 +98,7 @@ export const takeOver = (containerId: string, file: string, owner: string) => {
 export const unlogged = `SET log_min_duration_statement = -1;
 SET log_min_error_statement = panic;`
 
-/** Runs a file of the folder that both sides see, as the superuser. @param goesOn also after a statement that failed */
+/** Runs a file of the folder that both sides see, as the superuser: all of it or nothing. @param goesOn instead, also after a statement that failed */
 export const runFile = (containerId: string, file: string, goesOn: boolean) => [
   'docker',
   'exec',
@@ -108,7 +108,7 @@ export const runFile = (containerId: string, file: string, goesOn: boolean) => [
   'psql',
   '--no-psqlrc',
   '--quiet',
-  `--set=ON_ERROR_STOP=${goesOn ? 0 : 1}`,
+  ...(goesOn ? [] : ['--set=ON_ERROR_STOP=1', '--single-transaction']),
   '--set=VERBOSITY=terse',
   '--dbname=postgres',
   `--file=/backup/${file}`,
@@ -134,8 +134,13 @@ export const removeIncoming = (containerId: string, files: string[]) => {
   return [...asRoot(containerId), 'rm', '-f', '--', ...files.map((file) => `/backup/${file}`)]
 }
 
+/** Whatever a database or a role sets for its sessions, ours are not bound by it. */
+const unbound =
+  '-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off'
+
 function asSuperuser(containerId: string, ...options: string[]): string[] {
-  return ['docker', 'exec', '--user=postgres', ...options, containerId]
+  const own = ['--env=PGCLIENTENCODING=UTF8', `--env=PGOPTIONS=${unbound}`]
+  return ['docker', 'exec', '--user=postgres', ...own, ...options, containerId]
 }
 
 function asRoot(containerId: string): string[] {

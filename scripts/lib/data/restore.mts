@@ -31,8 +31,9 @@ import * as exchange from './exchange.mts'
 import * as plans from './plan.mts'
 import { prepare, type Job, type Request } from './job.mts'
 import { loadDump } from './load.mts'
+import { missingIn } from './manifest.mts'
 import { megabytes } from './room.mts'
-import { mendRestore, takeBack } from './undo.mts'
+import { forgetTakenBack, mendRestore, takeBack } from './undo.mts'
 
 /** For a slot that runs to serve again after the swap. */
 const patienceMs = 15_000
@@ -42,8 +43,12 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
     prepare(site, request),
   )
   describe(job)
+  if (!job.isNewHost && job.databases.live)
+    detail('what was written since then is not seen any more; undo brings it back')
   if (isDryRun()) return say('Nothing was changed.')
   await agree(`Put ${request.set} in place of what is live`, request.isAgreed)
+
+  await forgetTakenBack(site)
 
   // No impact yet.
   try {
@@ -72,7 +77,7 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
   } finally {
     const figures = await proof.stop()
     addToResult({ figures })
-    say(describeFigures(figures), 'proof', { ...figures })
+    if (!job.isNewHost) say(describeFigures(figures), 'proof', { ...figures })
   }
   conclude(job)
 }
@@ -84,12 +89,12 @@ function describe(job: Job): void {
   if (job.withDatabase) {
     const rows = Object.values(manifest.database?.rows ?? {}).reduce((total, count) => total + count, 0)
     detail(
-      `database: ${rows.toLocaleString('en')} rows take the place of ${site.database.name}, which is kept`,
+      `database: its ${rows.toLocaleString('en')} rows take the place of those of ${site.database.name}, which are kept`,
     )
   }
   if (uploads)
     detail(
-      `uploads: ${uploads.added.size} come back, ${uploads.changed.size} get other bytes, ${uploads.surplus.length} are taken out and kept, ${uploads.same.size} stay`,
+      `uploads: ${uploads.added.size} missing ones come back, ${uploads.changed.size} get the bytes of the set, ${uploads.surplus.length} that it does not have are taken out and kept, ${uploads.same.size} are the same`,
     )
   addToResult({
     set: job.set,
@@ -106,7 +111,7 @@ function describe(job: Job): void {
 async function writeDown(job: Job): Promise<void> {
   const { site, id, folder, manifest, withDatabase } = job
   // Visitors went on while the dump was restored.
-  if (job.uploads) job.uploads = await plans.planExchange(site, folder, manifest.missing)
+  if (job.uploads) job.uploads = await plans.planExchange(site, folder, missingIn(manifest))
   await alive(
     () => (job.uploads ? `unpacking ${megabytes(plans.bytesOf(job.uploads))}` : ''),
     () => exchange.begin(site, { id, withDatabase }, job.uploads, join(folder, 'uploads.tar')),
@@ -128,9 +133,14 @@ async function swapDatabases({ site, id, set, postgresql }: Job): Promise<void> 
 async function stillServed(job: Job): Promise<void> {
   const { site } = job
   const slot = flagged(site)
-  if (!job.wasServing) return warn(`${slot} did not run well before, so nothing is known of it`)
-  const failure = await failureToServe(site, slot)
+  if (job.isNewHost) return detail('no Strapi runs on this host yet: visitors are served after the deploy')
+  const failure = await failureToServe(job, slot)
   if (failure === undefined) return
+  // As before; to take it back would change nothing for visitors.
+  if (!job.wasServing) {
+    job.unserved = failure
+    return
+  }
   if (job.accept.includes('other-schema')) return warn(explain(failure))
   if (job.withDatabase && !job.databases.live)
     throw new Problem(
@@ -150,7 +160,7 @@ async function stillServed(job: Job): Promise<void> {
 }
 
 /** Gives it time to find out that its connections are gone, and to boot when that was too much for it. */
-async function failureToServe(site: Site, slot: SlotName): Promise<unknown> {
+async function failureToServe({ site, wasServing }: Job, slot: SlotName): Promise<unknown> {
   const startedAt = Date.now()
   let bootedAt = startedAt
   for (;;) {
@@ -158,6 +168,8 @@ async function failureToServe(site: Site, slot: SlotName): Promise<unknown> {
       const { master, slave } = await observe(site)
       const { status } = slot === 'strapi-slave' ? slave : master
       if (status === 'booting') bootedAt = Date.now()
+      const isOff = status === 'absent' || status === 'stopped'
+      if (isOff && !wasServing) return new Error(`${slot} is ${status}`)
       if (status !== 'healthy' && status !== 'unhealthy') throw new Error(`${slot} is ${status}`)
       await smoke(site, slot)
       // The engine's probe, a process of its own every few seconds, is the first that a busy machine starves.
@@ -214,8 +226,17 @@ async function isLive(job: Job): Promise<boolean> {
 function conclude(job: Job): void {
   const { site, manifest } = job
   addToResult({ restore: job.id })
-  const back = `Back to what was before: ${scriptCommand('data', site.envFile, 'undo')}`
-  say(`Done: ${job.set} is live. ${back}`)
+  const isFirst = job.withDatabase && !job.databases.live
+  const undo = `Back to what was before, within ${site.restoreKeepDays} days: ${scriptCommand('data', site.envFile, 'undo')}`
+  const back = isFirst ? 'There was no database before, so this cannot be taken back.' : undo
+  if (job.unserved !== undefined)
+    throw new Problem(
+      exitCodes.degraded,
+      `${job.set} is in place, but visitors are not served, neither before nor now`,
+      `Now: ${scriptCommand('deploy', site.envFile)}\n${back}`,
+      job.unserved,
+    )
+  say(`Done: ${job.set} is live. ${job.isNewHost ? '' : back}`.trim())
   if (job.accept.includes('other-schema') && manifest.release !== undefined)
     warn(
       `Strapi still runs ${job.release ?? 'no release'}. Now: ${scriptCommand('deploy', site.envFile, `--rollback ${manifest.release}`)}`,

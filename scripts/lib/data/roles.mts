@@ -15,20 +15,34 @@ const membership = new RegExp(`^GRANT ${role} TO ${role}[^;]*;`)
 export function missingRoles(rolesSql: string, present: string[]): { names: string[]; sql: string } {
   const names: string[] = []
   const sql: string[] = []
-  for (const line of rolesSql.split('\n')) {
+  for (const line of statements(rolesSql)) {
     const [group, member] = (membership.exec(line) ?? []).slice(1).map(unquoted)
     const name = unquoted(ofRole.exec(line)?.[1] ?? '')
     if (group !== undefined && member !== undefined) {
       const isNew = [group, member].some((one) => names.includes(one))
       const areThere = [group, member].every((one) => names.includes(one) || present.includes(one))
       // Granted by whoever restores: its former grantor may not be there.
-      if (isNew && areThere) sql.push(line.replace(/ GRANTED BY .*/, ';'))
+      if (isNew && areThere) sql.push(line.replace(/ GRANTED BY .*/s, ';'))
     } else if (name !== '' && !present.includes(name)) {
       if (line.startsWith('CREATE')) names.push(name)
       sql.push(line)
     }
   }
   return { names, sql: sql.join('\n') }
+}
+
+/** One string each, also where a value goes over several lines. */
+function statements(sql: string): string[] {
+  const found: string[] = []
+  let open = ''
+  for (const line of sql.split('\n')) {
+    open = open === '' ? line : `${open}\n${line}`
+    // Inside a text its quotes are not all closed.
+    if ((open.match(/'/g)?.length ?? 0) % 2 === 1) continue
+    found.push(open)
+    open = ''
+  }
+  return found
 }
 
 function unquoted(name: string): string {

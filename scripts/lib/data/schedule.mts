@@ -4,7 +4,18 @@ import { chmod, readdir, readFile, rename, rm, writeFile } from 'node:fs/promise
 import { join } from 'node:path'
 import { ask, run } from '../command.mts'
 import { readText } from '../envfile.mts'
-import { alive, change, detail, exitCodes, interrupted, isDryRun, Problem, say, warn } from '../report.mts'
+import {
+  alive,
+  change,
+  detail,
+  exitCodes,
+  explain,
+  interrupted,
+  isDryRun,
+  Problem,
+  say,
+  warn,
+} from '../report.mts'
 import { asRoot, scriptCommand, type Site } from '../settings.mts'
 
 const mark = '# strapi-blue-green:'
@@ -63,11 +74,11 @@ export async function schedule(site: Site, at: string): Promise<void> {
     }
     detail(`wrote ${fileOf(site)}`)
   })
-  await change('run backup and prune once as cron would', () => tryAsCron(site))
+  await change('run backup and prune once as cron would', () => tryAsCron(site, at))
 }
 
 /** Without a terminal, from another folder, with nothing in the environment but what cron sets. */
-async function tryAsCron(site: Site): Promise<void> {
+async function tryAsCron(site: Site, at: string): Promise<void> {
   const bare = ['env', '-i', 'HOME=/root', 'LOGNAME=root', 'SHELL=/bin/sh', `PATH=${path}`]
   for (const command of ['backup', 'prune']) {
     interrupted.throwIfAborted()
@@ -76,11 +87,13 @@ async function tryAsCron(site: Site): Promise<void> {
       () => `${command} runs as cron would run it`,
       () => run([...bare, '/bin/sh', '-c', job], { timeoutMs: 12 * 3_600_000 }),
     ).catch((error: unknown) => {
+      interrupted.throwIfAborted()
+      // Behind the long command.
+      const said = explain(error).split('\n').slice(1).join('\n')
       throw new Problem(
         exitCodes.degraded,
-        `${fileOf(site)} is in place, but its ${command} did not go well`,
-        `Mend what it says, then: ${scriptCommand('data', site.envFile, 'schedule')}`,
-        error,
+        `${fileOf(site)} is in place, but its ${command} did not go well:\n${said}`,
+        `Mend what it says, then: ${scriptCommand('data', site.envFile, `schedule --at "${at}"`)}`,
       )
     })
   }

@@ -19,8 +19,9 @@ export interface Snapshot {
   close(): Promise<void>
 }
 
-const countTables = String.raw`SELECT format('SELECT %L, count(*) FROM %I.%I', schemaname || '.' || tablename, schemaname, tablename)
-  FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1 \gexec`
+/** As JSON, since a name may hold anything. The prefix pg_ is the system's own: catalogs, and temporary tables of others. */
+const countTables = String.raw`SELECT format('SELECT json_build_array(%L::text, count(*)) FROM %I.%I', schemaname || '.' || tablename, schemaname, tablename)
+  FROM pg_tables WHERE schemaname !~ '^pg_' AND schemaname <> 'information_schema' ORDER BY 1 \gexec`
 
 /** Strapi keeps the original and its smaller formats in one row; only the provider "local" is on this disk. */
 const listUploads = `SELECT ltrim(url, '/') FROM (
@@ -33,6 +34,7 @@ const listUploads = `SELECT ltrim(url, '/') FROM (
 const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,
     'characters', datctype, 'owner', pg_get_userbyid(datdba), 'provider', to_jsonb(d)->>'datlocprovider',
     'locale', coalesce(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale'),
+    'connectionLimit', datconnlimit,
     'parameters', (SELECT setconfig FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole = 0),
     'roleParameters', (SELECT json_agg(json_build_object('role', pg_get_userbyid(setrole), 'parameters', setconfig))
       FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole <> 0),
@@ -58,7 +60,7 @@ export async function openSnapshot(
     const [serverVersion = ''] = await session.ask("SELECT current_setting('server_version');")
     const [databaseSettings = '{}'] = await session.ask(settings)
     const [bytes = '0'] = await session.ask('SELECT pg_database_size(current_database());')
-    const rows = (await session.ask(countTables)).map((line) => line.split('|') as [string, string])
+    const rows = (await session.ask(countTables)).map((line) => JSON.parse(line) as [string, number])
     const tables = new Set(rows.map(([table]) => table))
     const uploads = tables.has('public.files') ? await session.ask(listUploads) : []
     const [schemaHash] = tables.has('public.strapi_database_schema')
@@ -68,7 +70,7 @@ export async function openSnapshot(
       id,
       serverVersion,
       settings: JSON.parse(databaseSettings) as DatabaseSettings,
-      rows: Object.fromEntries(rows.map(([table, count]) => [table, Number(count)])),
+      rows: Object.fromEntries(rows),
       uploads: uploads.map((url) => url.slice('uploads/'.length)),
       schemaHash,
       databaseBytes: Number(bytes),

@@ -17,9 +17,13 @@ import { readArchive } from './untar.mts'
 export async function exportSet(site: Site, name: string, file: string): Promise<void> {
   if ((await stat(file).catch(() => undefined)) !== undefined)
     throw new Problem(exitCodes.usage, `${file} is there already`, 'Name another file, or remove it.')
+  if (!existsSync(dirname(file)))
+    throw new Problem(exitCodes.usage, `there is no folder ${dirname(file)}`, 'Make it, or name another one.')
   const folder = setFolder(site, name)
   const { files } = await readManifest(folder)
-  const partial = join(dirname(file), `.${basename(file)}.${process.pid}`)
+  const partial = join(dirname(file), `.${basename(file)}.partial`)
+  // Of one that was killed.
+  await rm(partial, { force: true })
   try {
     const found = new Map<string, string>()
     await using archive = createArchive(partial, (one) => found.set(one.name, one.sha256))
@@ -62,7 +66,14 @@ function damaged(site: Site, name: string, file: string): Problem {
 
 /** Takes a set out of a file. @returns its name @throws Problem, with nothing left */
 export async function importSet(site: Site, file: string): Promise<string> {
-  const { size } = await stat(file)
+  const found = await stat(file).catch(() => undefined)
+  if (!found?.isFile())
+    throw new Problem(
+      exitCodes.usage,
+      found ? `${file} is no plain file` : `there is no ${file}`,
+      'Give a file that export wrote.',
+    )
+  const { size } = found
   await needRoom('the set needs', [{ folder: site.folders.backups, bytes: size }])
   try {
     const name = await alive(

@@ -1,8 +1,11 @@
 /** Takes a restore back, ends one that was interrupted, and removes what old ones have left. */
+import { rm } from 'node:fs/promises'
+import { join } from 'node:path'
 import { agree } from '../agree.mts'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
-import { recordedSchema } from '../history.mts'
+import { readText } from '../envfile.mts'
+import { makeStateDir, recordedSchema, writeSynced } from '../history.mts'
 import { describeFigures, startProof } from '../proof.mts'
 import {
   addToResult,
@@ -11,6 +14,7 @@ import {
   exitCodes,
   explain,
   interrupted,
+  isDryRun,
   Problem,
   say,
   step,
@@ -57,7 +61,8 @@ export async function undoRestore(
         `Deploy the release that belongs to it right afterwards, and accept it: ${scriptCommand('data', site.envFile, 'undo --accept other-schema')}`,
       )
   }
-  const what = [last.database && 'database', last.withUploads && 'uploads'].filter(Boolean).join(', ')
+  const parts = [last.database && 'database', last.withUploads && 'uploads'].filter(Boolean).join(', ')
+  const what = last.fromSet === undefined ? parts : `set ${last.fromSet}: ${parts}`
   await change(`take back restore ${last.id} (${what})`, async () => {
     await agree(`Take back restore ${last.id} (${what})`, isAgreed)
     interrupted.throwIfAborted()
@@ -76,16 +81,21 @@ export async function undoRestore(
       addToResult({ undone: last.id, figures })
       say(describeFigures(figures), 'proof', { ...figures })
     }
-    say(`Done: what was live before restore ${last.id} is live again; what it had brought is kept.`)
+    say(
+      `Done: what was live before restore ${last.id} is live again; what it had brought is kept for ${site.restoreKeepDays} days.`,
+    )
   })
 }
 
 async function lastRestore(site: Site, databases: Databases) {
   const swapped = databases.live?.restoredBy
-  const kept = databases.kept.find(({ kind, id }) => kind === 'replaced' && id === swapped)
   const done = (await plans.readExchanges(site)).findLast(({ stage }) => stage === 'done')
+  // Where the live one is gone, the last one that was replaced is still there.
+  const replaced = databases.live ? swapped : done?.id
+  const kept = databases.kept.find(({ kind, id }) => kind === 'replaced' && id === replaced)
   // Of a version that wrote nothing down for a database alone.
-  if (kept && kept.id > (done?.id ?? '')) return { id: kept.id, database: kept.name, withUploads: false }
+  if (kept && kept.id > (done?.id ?? ''))
+    return { id: kept.id, database: kept.name, withUploads: false, fromSet: databases.live?.fromSet }
   const scope = done && (await plans.scopeOf(site, done.id))
   if (done === undefined || (scope?.withDatabase && kept?.id !== done.id))
     throw new Problem(
@@ -97,6 +107,7 @@ async function lastRestore(site: Site, databases: Databases) {
     id: done.id,
     database: scope?.withDatabase ? kept?.name : undefined,
     withUploads: scope?.withUploads,
+    fromSet: scope?.withDatabase ? databases.live?.fromSet : undefined,
   }
 }
 
@@ -105,7 +116,7 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
   const files = (await plans.readExchanges(site)).find((one) => one.id === id && one.stage !== 'staging')
   const { live, kept } = await readDatabases(site, postgresql)
   const before = kept.find((one) => one.kind === 'replaced' && one.id === id)
-  const isToSwap = live?.restoredBy === id
+  const isToSwap = live ? live.restoredBy === id : before !== undefined
   if (isToSwap && !before) {
     const gone = `the database before restore ${id} is not kept any more`
     // Half of it has gone back already: somebody has dropped that database since.
@@ -119,7 +130,7 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
   if (isToSwap && before) {
     detail('swapping the databases')
     const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
-    await swap(postgresql, { ...names, hasLive: true, comment: undefined })
+    await swap(postgresql, { ...names, hasLive: live !== undefined, comment: undefined })
   }
   if (files) {
     detail('taking out the uploads that it had brought')
@@ -199,6 +210,20 @@ async function mendExchange(
   return { did: `restore ${id}, which was interrupted before it was live: taken back`, isBack: true }
 }
 
+/** For the next `undo`. */
+export async function rememberTakenBack(site: Site, sentence: string): Promise<void> {
+  await makeStateDir(site)
+  await writeSynced(join(site.stateDir, 'taken-back'), 'w', sentence)
+}
+
+/** @returns what was remembered; a dry run leaves it */
+export async function forgetTakenBack(site: Site): Promise<string | undefined> {
+  const file = join(site.stateDir, 'taken-back')
+  const sentence = await readText(file)
+  if (!isDryRun()) await rm(file, { force: true })
+  return sentence?.trim() || undefined
+}
+
 /** Removes what restores replaced before RESTORE_KEEP_DAYS. What is from the future stays. */
 export async function removeOldRestores(site: Site, now: Date): Promise<void> {
   const before = idOf(new Date(now.getTime() - site.restoreKeepDays * 86_400_000))
@@ -248,6 +273,12 @@ export async function runningSchema(site: Site, release: string | undefined): Pr
 /** A restore on top of one that is half done would be torn apart by the mending. @throws Problem */
 export async function refusePending(site: Site): Promise<void> {
   const [first] = await plans.pendingExchanges(site)
+  if (first && isDryRun())
+    throw new Problem(
+      exitCodes.failed,
+      `restore ${first.id} was interrupted; the next run without --dry-run finishes it or takes it back first`,
+      `Now: ${scriptCommand('data', site.envFile)}`,
+    )
   if (first)
     throw new Problem(
       exitCodes.failed,

@@ -1,7 +1,7 @@
 /** The uploads of a set: everything once, and then, beside the snapshot, what has come or changed meanwhile. */
-import { closeSync, openSync, statSync, writeFileSync } from 'node:fs'
-import { opendir, stat } from 'node:fs/promises'
-import { join, relative } from 'node:path'
+import { closeSync, opendirSync, openSync, statSync, writeFileSync, type Dir } from 'node:fs'
+import { join } from 'node:path'
+import { setImmediate as breathe } from 'node:timers/promises'
 import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
 import { textOf } from './manifest.mts'
@@ -14,7 +14,7 @@ export interface UploadsArchive {
    * @param referenced names that a row of the snapshot refers to
    * @returns what is in the archive, and the names that should be and are not, each with the reason
    */
-  close(referenced: string[]): Promise<{ files: number; bytes: number; missing: string[] }>
+  close(referenced: string[]): Promise<{ files: number; bytes: number; missing: Map<string, string> }>
   [Symbol.asyncDispose](): Promise<void>
   readonly progress: { files: number; bytes: number }
 }
@@ -69,7 +69,7 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
       return {
         files: known.size,
         bytes: sizes.reduce((total, size) => total + size, 0),
-        missing: [...reasons].map(([name, reason]) => `uploads/${name} ${reason}`),
+        missing: reasons,
       }
     },
     async [Symbol.asyncDispose]() {
@@ -86,27 +86,52 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
 /** Bytes of all files below a folder, as they are now. */
 export async function folderBytes(folder: string): Promise<number> {
   let bytes = 0
-  for await (const name of filesBelow(folder)) {
-    bytes += (await stat(join(folder, name)).catch(() => undefined))?.size ?? 0
-  }
+  for await (const name of filesBelow(folder)) bytes += sizeOf(join(folder, name))
   return bytes
 }
 
+function sizeOf(path: string): number {
+  return statSync(path, { throwIfNoEntry: false })?.size ?? 0
+}
+
 /** Names relative to `top` of everything below it that is no folder, but for what restores keep there. */
-export async function* filesBelow(top: string, folder = top): AsyncGenerator<string> {
-  const entries = await opendir(folder, { bufferSize: 512 }).catch((error: NodeJS.ErrnoException) => {
-    if (folder === top) throw error
-    return error.code
-  })
-  // A folder that vanishes meanwhile has none.
-  if (entries === 'ENOENT') return
+export async function* filesBelow(top: string): AsyncGenerator<string> {
+  let number = 0
+  for (const name of walk(top, '')) {
+    yield name
+    number += 1
+    // So that others get their turn as well: the walk itself waits for nothing.
+    if (number % 256 === 0) await breathe()
+  }
+}
+
+/** Synchronous: a promise for each of many thousand files costs more time and memory than the file. */
+function* walk(top: string, below: string): Generator<string> {
+  const folder = openFolder(join(top, below), below !== '')
   // A closed folder is named as what cannot be backed up.
-  if (typeof entries !== 'object') return yield relative(top, folder)
-  for await (const entry of entries) {
-    const path = join(folder, entry.name)
-    if (folder === top && entry.name === ownFolder) continue
-    if (entry.isDirectory()) yield* filesBelow(top, path)
-    else yield relative(top, path)
+  if (folder === 'closed') return yield below
+  if (!folder) return
+  try {
+    for (let entry = folder.readSync(); entry; entry = folder.readSync()) {
+      if (below === '' && entry.name === ownFolder) continue
+      const name = below === '' ? entry.name : `${below}/${entry.name}`
+      if (entry.isDirectory()) yield* walk(top, name)
+      else yield name
+    }
+  } finally {
+    folder.closeSync()
+  }
+}
+
+/** Undefined for an inner one that vanished meanwhile. @throws Error when it is the outer one that cannot be opened */
+function openFolder(path: string, isInner: boolean): Dir | 'closed' | undefined {
+  try {
+    return opendirSync(path, { bufferSize: 512 })
+  } catch (error) {
+    if (!isInner) throw error
+    // Node puts this sign where a name is not UTF-8, and then does not find it.
+    const isGone = (error as NodeJS.ErrnoException).code === 'ENOENT' && !path.includes('\u{fffd}')
+    return isGone ? undefined : 'closed'
   }
 }
 

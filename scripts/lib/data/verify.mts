@@ -8,7 +8,15 @@ import { composeCommand, type Site } from '../settings.mts'
 import { healthyPostgresql } from './backup.mts'
 import { needRoom } from './room.mts'
 import { createDatabase, databaseSize, serverVersionOf } from './databases.mts'
-import { readManifest, sumOf, textOf, uploadLines, wrongSums, type UploadLine } from './manifest.mts'
+import {
+  missingIn,
+  readManifest,
+  sumOf,
+  textOf,
+  uploadLines,
+  wrongSums,
+  type UploadLine,
+} from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
 import { openSnapshot } from './snapshot.mts'
@@ -86,7 +94,7 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
       ...(restored.schemaHash === manifest.schemaHash
         ? []
         : ['the schema is not the one that was backed up']),
-      ...(manifest.uploads ? await missingUploads(folder, restored.uploads, manifest.missing) : []),
+      ...(manifest.uploads ? await missingUploads(folder, restored.uploads, missingIn(manifest)) : []),
     ]
   } finally {
     await run(query(postgresql, 'postgres', `DROP DATABASE "${scratch}" WITH (FORCE)`))
@@ -102,11 +110,15 @@ export function differentRows(wanted: Record<string, number>, found: Record<stri
 }
 
 /** Names that the database refers to and the archive does not hold, but for those that the set names itself. */
-async function missingUploads(folder: string, referenced: string[], named: string[]): Promise<string[]> {
+async function missingUploads(
+  folder: string,
+  referenced: string[],
+  isNamed: (name: string) => boolean,
+): Promise<string[]> {
   const wanted = new Set(referenced)
   for await (const { name } of uploadLines(folder)) wanted.delete(name)
   return [...wanted]
-    .filter((name) => !named.some((sentence) => sentence.startsWith(`uploads/${name} `)))
+    .filter((name) => !isNamed(name))
     .map((name) => `uploads/${name} is referred to and not in the set`)
 }
 

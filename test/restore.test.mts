@@ -78,7 +78,7 @@ async function state(): Promise<State> {
   )
   const questions = tables.map(
     (table) =>
-      `SELECT json_build_array('${table}', count(*) || ' ' || coalesce(md5(string_agg(t::text, ',' ORDER BY t::text)), '-'))::text FROM "${table}" AS t`,
+      `SELECT json_build_array('${table}', count(*) || ' ' || coalesce(md5(string_agg(t::text, ',' ORDER BY t::text)), '-'))::text FROM "${table}" AS t${ownOf(table)}`,
   )
   const lines = (await sql(questions.join(' UNION ALL '))).split('\n')
   const rows = lines.map((line) => JSON.parse(line) as [string, string])
@@ -88,6 +88,11 @@ async function state(): Promise<State> {
     uploads[name] = createHash('sha256').update(content).digest('hex')
   }
   return { properties: await sql(properties), rows: Object.fromEntries(rows), uploads }
+}
+
+/** What Strapi itself writes whenever it has booted. */
+function ownOf(table: string): string {
+  return table === 'strapi_core_store_settings' ? " WHERE key NOT LIKE '%metrics%'" : ''
 }
 
 const properties = `SELECT setrole::regrole, setconfig FROM pg_db_role_setting
@@ -589,7 +594,7 @@ describe('killed with -9', () => {
     // As cron does meanwhile.
     await mustSucceed(own.run('data', 'backup', '--only', 'config'))
     const { stdout } = await mustSucceed(own.run('data', 'undo', '--yes'))
-    expect(stdout).toContain('interrupted before it was live')
+    expect(stdout).toMatch(/Done: restore \S+ is taken back/)
     expect(await state()).toEqual(saved)
     await mustSucceed(own.run('data', 'undo', '--yes'))
     expect(await state()).toEqual(spoilt)

@@ -58,7 +58,7 @@ export function folderOf(site: Site, id: string): string {
 /**
  * Compares, and changes nothing.
  * @param isMissing tells of what the set has no version that belongs to its database: what is there stays as it is
- * @throws Problem when files of the set cannot take their places; Error when its list holds a name that no set may hold
+ * @throws Problem when files of the set cannot take their places, or its list holds a name that no set may hold
  */
 export async function planExchange(
   site: Site,
@@ -68,7 +68,12 @@ export async function planExchange(
   const wanted = new Map<string, FileSum>()
   for await (const { name, sizeBytes, sha256 } of uploadLines(setFolder)) {
     const unsafe = unsafeName(name)
-    if (unsafe) throw new Error(`uploads.jsonl: ${JSON.stringify(name)} ${unsafe}`)
+    if (unsafe)
+      throw new Problem(
+        exitCodes.failed,
+        `uploads.jsonl of the set: ${JSON.stringify(name)} ${unsafe}; what is live is as before`,
+        'No backup of this project holds such a name: the set was made or changed by somebody else.',
+      )
     wanted.set(name, { sizeBytes, sha256 })
   }
   const plan: Plan = { added: new Map(wanted), changed: new Map(), surplus: [], same: new Map() }

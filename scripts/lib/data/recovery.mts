@@ -4,6 +4,7 @@ import type { Manifest } from './manifest.mts'
 
 export function recovery(site: Site, name: string, manifest: Manifest): string {
   const database = site.database.name
+  const container = `${site.project}-postgresql-1`
   const lines = [
     `# Backup ${name}`,
     '',
@@ -22,19 +23,27 @@ export function recovery(site: Site, name: string, manifest: Manifest): string {
     )
   }
   if (manifest.parts.includes('database')) {
+    const sql = `docker exec -i -u postgres ${container} psql`
     lines.push(
-      'Database, into a fresh one; POSTGRESQL is the container, the role must exist (roles.sql has it).',
+      'Database: into a fresh one beside the live one. On a bare machine first put docker/.env back and start PostgreSQL',
+      '(docker compose up -d postgresql). "already exists" from roles.sql is no matter.',
       '',
-      `    docker exec -i -u postgres POSTGRESQL psql -c 'CREATE DATABASE "${database}_restored" OWNER "${site.database.user}" TEMPLATE template0'`,
-      `    docker exec -i -u postgres POSTGRESQL pg_restore --exit-on-error -d "${database}_restored" < database.dump`,
+      `    ${sql} < roles.sql`,
+      `    ${sql} -c 'CREATE DATABASE "${database}_restored" OWNER "${site.database.user}" TEMPLATE template0'`,
+      `    docker exec -i -u postgres ${container} pg_restore --exit-on-error -d "${database}_restored" < database.dump`,
       '',
-      'Then stop Strapi and swap the names with ALTER DATABASE ... RENAME TO.',
+      'Then swap the names; the site is off from the first line to the last. The old database stays until you drop it.',
+      '',
+      '    docker compose stop strapi-master strapi-slave',
+      `    ${sql} -c 'ALTER DATABASE "${database}" RENAME TO "${database}_old"'`,
+      `    ${sql} -c 'ALTER DATABASE "${database}_restored" RENAME TO "${database}"'`,
+      '    docker compose start strapi-master',
       '',
     )
   }
   if (manifest.parts.includes('uploads')) {
     lines.push(
-      'Uploads; a name that is there twice counts in its last version, which tar leaves. uploads.jsonl has the sums.',
+      'Uploads; a name that is there twice counts in its last version, which tar leaves. uploads.jsonl has the sums. Newer files stay.',
       '',
       '    tar -xf uploads.tar -C UPLOADS_VOLUME && chown -R 1000:1000 UPLOADS_VOLUME',
       '',

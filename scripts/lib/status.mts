@@ -96,9 +96,9 @@ function describeEntry(entry: Entry): string {
 }
 
 async function sayRestores(site: Site): Promise<void> {
-  for (const { id, stage } of await pendingExchanges(site))
+  for (const { id } of await pendingExchanges(site))
     say(
-      `\nrestore ${id} was interrupted (${stage}); it is mended by: ${asRoot(scriptCommand('data', site.envFile))}`,
+      `\nrestore ${id} was interrupted half-way; it is finished or taken back by: ${asRoot(scriptCommand('data', site.envFile))}`,
     )
 }
 

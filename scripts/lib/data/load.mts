@@ -48,10 +48,14 @@ export async function loadDump(job: Job): Promise<void> {
     // What stays is removed by the next run; a PostgreSQL that died must not hide why.
     await ask(tools.removeIncoming(postgresql, [file]))
   }
+  const counted = (async () => {
+    const restored = await openSnapshot(postgresql, incoming, tools.restoreSession)
+    await restored.close()
+    return restored
+  })()
   // What the server thinks of its tables is in no dump; without it the first visitors would get slow plans.
-  await run(query(postgresql, incoming, 'ANALYZE'), { timeoutMs: 3_600_000, signal: interrupted })
-  const restored = await openSnapshot(postgresql, incoming, tools.restoreSession)
-  await restored.close()
+  const analyzed = run(query(postgresql, incoming, 'ANALYZE'), { timeoutMs: 3_600_000, signal: interrupted })
+  const [restored] = await Promise.all([counted, analyzed])
   const different = differentRows(manifest.database?.rows ?? {}, restored.rows)
   if (different.length > 0 && !job.accept.includes('damaged'))
     throw new Error(`the dump does not hold what its manifest says: ${different.join('; ')}`)

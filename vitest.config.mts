@@ -1,3 +1,5 @@
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { defineConfig } from 'vitest/config'
 
 export default defineConfig({
@@ -8,5 +10,7 @@ export default defineConfig({
     fileParallelism: false,
     testTimeout: 300_000,
     hookTimeout: 900_000,
+    // The scripts are started hundreds of times; with what Node has compiled before, in half the time.
+    env: { NODE_COMPILE_CACHE: join(tmpdir(), 'strapi-blue-green-compile-cache') },
   },
 })

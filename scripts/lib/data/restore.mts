@@ -2,7 +2,7 @@
  * Puts the state of a set in place of the live one, without stopping Strapi, and takes it back.
  *
  * The database goes into a fresh one beside the live one, and a swap of names makes it live: that moment is the restore. Until
- * then an interrupted one goes back, from then on it is finished; `mendRestore` sees which from names and comments alone.
+ * then an interrupted one goes back, from then on it is finished; `mendRestore` sees which from names, comments and the plan.
  */
 import { join } from 'node:path'
 import { logTail } from '../actions.mts'
@@ -228,17 +228,22 @@ function conclude(job: Job): void {
   addToResult({ restore: job.id })
   const isFirst = job.withDatabase && !job.databases.live
   const undo = `Back to what was before, within ${site.restoreKeepDays} days: ${scriptCommand('data', site.envFile, 'undo')}`
+  const deploy = belongsToOther(job)
+    ? scriptCommand('deploy', site.envFile, `--rollback ${manifest.release}`)
+    : scriptCommand('deploy', site.envFile)
   const back = isFirst ? 'There was no database before, so this cannot be taken back.' : undo
   if (job.unserved !== undefined)
     throw new Problem(
       exitCodes.degraded,
       `${job.set} is in place, but visitors are not served, neither before nor now`,
-      `Now: ${scriptCommand('deploy', site.envFile)}\n${back}`,
+      `Now: ${deploy}\n${back}`,
       job.unserved,
     )
   say(`Done: ${job.set} is live. ${job.isNewHost ? '' : back}`.trim())
-  if (job.accept.includes('other-schema') && manifest.release !== undefined)
-    warn(
-      `Strapi still runs ${job.release ?? 'no release'}. Now: ${scriptCommand('deploy', site.envFile, `--rollback ${manifest.release}`)}`,
-    )
+  if (belongsToOther(job)) warn(`Strapi still runs ${job.release ?? 'no release'}. Now: ${deploy}`)
+}
+
+/** Whether the database belongs to another release than the one that runs: booted on it, that one would drop columns. */
+function belongsToOther({ accept, manifest }: Job): boolean {
+  return accept.includes('other-schema') && manifest.release !== undefined
 }

@@ -230,7 +230,10 @@ export async function removeOldRestores(site: Site, now: Date): Promise<void> {
   const postgresql = await healthyPostgresql(site)
   // Database and uploads of a restore go together or not at all.
   if (postgresql === undefined) return warn('what restores replaced stays for now: PostgreSQL does not run')
-  await plans.endRemovals(site)
+  if (!isDryRun())
+    await plans
+      .endRemovals(site)
+      .catch((error: unknown) => warn(`not all that restores replaced could be removed: ${explain(error)}`))
   const exchanges = await plans.readExchanges(site)
   const underWay = (await plans.pendingExchanges(site)).map(({ id }) => id)
   for (const { name, id, bytes } of (await readDatabases(site, postgresql)).kept) {

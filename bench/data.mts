@@ -27,7 +27,7 @@ Measures backup and restore of the example site on this machine, beside tar, pg_
   --reads N   what visitors ask the database in a second during restore and undo (default 200); with more than Strapi can
               answer beside a restore, the gap that is measured is that of a queue`
 
-const rounds = 3
+const rounds = 4
 const files = { count: 12_000, bytes: 1_000_000_000 / 12_000 }
 const databaseBytes = 500_000_000
 const hour = { timeoutMs: 3_600_000 }
@@ -49,18 +49,21 @@ await report.main(async () => {
     const container = (await healthyPostgresql(site)) ?? ''
     await makeRows(site, container)
     await makeFiles(site, 0, files.count, files.bytes)
-    const archives = await step('2/6', `Archive the uploads, ${rounds} rounds`, () => measureArchives(site))
-    const dumps = await step('3/6', `Dump the database, ${rounds} rounds`, () =>
-      measureDumps(own, site, container),
+    // Each figure as soon as there is one: the next step may fail on a machine that is too slow for it.
+    await step('2/6', `Archive the uploads, ${rounds} rounds`, async () =>
+      say(describeArchives(await measureArchives(site))),
     )
-    const restores = await step('4/6', `Restore the database, ${rounds} rounds`, () =>
-      measureRestores(own, site, container),
+    await step('3/6', `Dump the database, ${rounds} rounds`, async () =>
+      say(describeDumps(await measureDumps(own, site, container))),
     )
-    const gaps = await step('5/6', `Restore and undo under ${reads} reads a second, ${rounds} rounds`, () =>
-      measureGaps(own, reads),
+    await step('4/6', `Restore the database, ${rounds} rounds`, async () =>
+      say(describeRestores(await measureRestores(own, site, container))),
     )
-    const memory = await step('6/6', 'Watch the memory', () => measureMemory(own, site))
-    print({ archives, dumps, restores, gaps, memory })
+    await step('5/6', 'Watch the memory', async () => say(describeMemory(await measureMemory(own, site))))
+    await step('6/6', `Restore and undo under ${reads} reads a second, ${rounds} rounds`, async () =>
+      say(describeGaps(await measureGaps(own, reads))),
+    )
+    say(`medians of ${rounds}, load of this machine at the end ${loadavg()[0]?.toFixed(1)}`)
   } finally {
     await removeOwnSite(own)
   }
@@ -98,10 +101,17 @@ interface Times {
   other?: number[]
 }
 
+/** With nothing left to write of what was measured before. */
 async function timed(action: () => Promise<unknown>): Promise<number> {
+  await run(['sync'], hour)
   const startedAt = performance.now()
   await action()
   return performance.now() - startedAt
+}
+
+/** Now this one first, now the other: the second finds another cache, another checkpoint. */
+async function inTurn(round: number, one: () => Promise<void>, other: () => Promise<void>): Promise<void> {
+  for (const action of round % 2 === 0 ? [one, other] : [other, one]) await action()
 }
 
 async function measureArchives(site: Site): Promise<Times> {
@@ -111,18 +121,20 @@ async function measureArchives(site: Site): Promise<Times> {
     await mkdir(folder)
     const tar = (options: string, name: string) => () =>
       run(['tar', options, join(folder, name), '-C', site.folders.uploads, '.'], hour)
-    times.plain.push(await timed(tar('-cf', 'plain.tar')))
-    times.ours.push(
-      await timed(async () => {
-        await using archive = archiveUploads(
-          site.folders.uploads,
-          join(folder, 'uploads.tar'),
-          join(folder, 'uploads.jsonl'),
-        )
-        await archive.pass()
-        await archive.pass()
-        await archive.close([])
-      }),
+    const ours = async () => {
+      await using archive = archiveUploads(
+        site.folders.uploads,
+        join(folder, 'uploads.tar'),
+        join(folder, 'uploads.jsonl'),
+      )
+      await archive.pass()
+      await archive.pass()
+      await archive.close([])
+    }
+    await inTurn(
+      round,
+      async () => void times.plain.push(await timed(tar('-cf', 'plain.tar'))),
+      async () => void times.ours.push(await timed(ours)),
     )
     times.other.push(await timed(tar('-czf', 'plain.tar.gz')))
     await rm(folder, { recursive: true })
@@ -143,15 +155,17 @@ async function measureDumps(own: OwnSite, site: Site, container: string): Promis
     '--compress=zstd',
   ]
   for (let round = 0; round < rounds; round += 1) {
-    times.plain.push(
-      await timed(() => run([...dump, '--file=/backup/bench.dump', '--dbname', site.database.name], hour)),
-    )
-    const whole = await timed(async () => {
+    const plain = () => run([...dump, '--file=/backup/bench.dump', '--dbname', site.database.name], hour)
+    const whole = async () => {
       const events = await script(own, 'data', 'backup', '--only', 'database', '--json')
       const at = (message: string) => Date.parse(events.find((event) => event.message === message)?.at ?? '')
       times.ours.push(at('dumping roles.sql') - at('dumping database.dump'))
-    })
-    times.other.push(whole)
+    }
+    await inTurn(
+      round,
+      async () => void times.plain.push(await timed(plain)),
+      async () => void times.other.push(await timed(whole)),
+    )
     await run(['docker', 'exec', container, 'rm', '/backup/bench.dump'])
   }
   return times
@@ -165,35 +179,28 @@ async function measureRestores(own: OwnSite, site: Site, container: string): Pro
   await run(['docker', 'exec', container, 'chmod', '644', '/tmp/bench.dump'])
   const sql = (text: string) => run(query(container, 'postgres', text), hour)
   for (let round = 0; round < rounds; round += 1) {
-    times.plain.push(
-      await timed(async () => {
-        await sql(`CREATE DATABASE bench OWNER "${site.database.user}" TEMPLATE template0`)
-        await run(
-          [
-            'docker',
-            'exec',
-            '--user=postgres',
-            container,
-            'pg_restore',
-            '-j2',
-            '--dbname=bench',
-            '/tmp/bench.dump',
-          ],
-          hour,
-        )
-      }),
-    )
-    await sql('DROP DATABASE bench')
-    let stepMs = 0
-    const whole = await timed(async () => {
+    const plain = async () => {
+      await sql(`CREATE DATABASE bench OWNER "${site.database.user}" TEMPLATE template0`)
+      const restore = ['pg_restore', '-j2', '--dbname=bench', '/tmp/bench.dump']
+      await run(['docker', 'exec', '--user=postgres', container, ...restore], hour)
+    }
+    const whole = async () => {
       const events = await script(own, 'data', 'restore', set, '--only', 'database', '--yes', '--json')
       const done = events.find(({ event, step: at }) => event === 'step-done' && at === '2/6')
-      stepMs = 1000 * Number(done?.seconds)
-    })
-    times.ours.push(stepMs)
-    times.other.push(whole)
-    await script(own, 'data', 'undo', '--yes')
-    await dropKept(container)
+      times.ours.push(1000 * Number(done?.seconds))
+    }
+    await inTurn(
+      round,
+      async () => {
+        times.plain.push(await timed(plain))
+        await sql('DROP DATABASE bench')
+      },
+      async () => {
+        times.other.push(await timed(whole))
+        await script(own, 'data', 'undo', '--yes')
+        await dropKept(container)
+      },
+    )
   }
   return times
 }
@@ -242,7 +249,12 @@ async function measureGaps(own: OwnSite, reads: number): Promise<Gaps> {
   return gaps
 }
 
-async function measureMemory(own: OwnSite, site: Site): Promise<{ few: number[]; many: number[] }> {
+interface Memory {
+  few: number[]
+  many: number[]
+}
+
+async function measureMemory(own: OwnSite, site: Site): Promise<Memory> {
   const few: number[] = []
   const many: number[] = []
   for (let round = 0; round < rounds; round += 1) few.push(await peakMemory(own))
@@ -290,27 +302,34 @@ async function script(own: OwnSite, name: string, ...options: string[]): Promise
   return lines.map((line) => JSON.parse(line) as Event)
 }
 
-interface Results {
-  archives: Times
-  dumps: Times
-  restores: Times
-  gaps: Gaps
-  memory: { few: number[]; many: number[] }
+function seconds(times: number[]): string {
+  return `${(median(times) / 1000).toFixed(1)} s`
 }
 
-function print({ archives, dumps, restores, gaps, memory }: Results): void {
-  const seconds = (times: number[]) => `${(median(times) / 1000).toFixed(1)} s`
-  const ratio = (one: number[], other: number[]) => (median(one) / median(other)).toFixed(2)
+function ratio(one: number[], other: number[]): string {
+  return (median(one) / median(other)).toFixed(2)
+}
+
+function describeArchives({ ours, plain, other = [] }: Times): string {
+  return `uploads archive with all sums   ${seconds(ours)}   ${ratio(ours, plain)} x tar -cf (${seconds(plain)})   tar -czf takes ${ratio(other, ours)} x (${seconds(other)})`
+}
+
+function describeDumps({ ours, plain, other = [] }: Times): string {
+  return `dump of the database            ${seconds(ours)}   ${ratio(ours, plain)} x pg_dump (${seconds(plain)})   the whole command, read back, ${seconds(other)}`
+}
+
+function describeRestores({ ours, plain, other = [] }: Times): string {
+  return `restore of the database         ${seconds(ours)}   ${ratio(ours, plain)} x pg_restore -j2 (${seconds(plain)})   the whole command ${seconds(other)}`
+}
+
+function describeMemory({ few, many }: Memory): string {
   const mega = (bytes: number[]) => `${(median(bytes) / 1e6).toFixed(0)} MB`
-  const lines = [
-    `medians of ${rounds}, load of this machine at the end ${loadavg()[0]?.toFixed(1)}`,
-    `uploads archive with all sums   ${seconds(archives.ours)}   ${ratio(archives.ours, archives.plain)} x tar -cf (${seconds(archives.plain)})   tar -czf takes ${ratio(archives.other ?? [], archives.ours)} x (${seconds(archives.other ?? [])})`,
-    `dump of the database            ${seconds(dumps.ours)}   ${ratio(dumps.ours, dumps.plain)} x pg_dump (${seconds(dumps.plain)})   the whole command, read back, ${seconds(dumps.other ?? [])}`,
-    `restore of the database         ${seconds(restores.ours)}   ${ratio(restores.ours, restores.plain)} x pg_restore -j2 (${seconds(restores.plain)})   the whole command ${seconds(restores.other ?? [])}`,
-    `longest gap at ${gaps.reads} reads/s, restore ${Math.round(median(gaps.restoreMs))} ms, undo ${Math.round(median(gaps.undoMs))} ms, neither ${Math.round(median(gaps.aloneMs))} ms; ${gaps.failed} of ${gaps.sent} requests failed in ${2 * rounds} swaps`,
-    `peak memory                     ${mega(memory.few)}, with ten times as many files ${mega(memory.many)} (${ratio(memory.many, memory.few)})`,
-  ]
-  say(lines.join('\n'))
+  return `peak memory                     ${mega(few)}, with ten times as many files ${mega(many)} (${ratio(many, few)})`
+}
+
+function describeGaps({ reads, aloneMs, restoreMs, undoMs, failed, sent }: Gaps): string {
+  const ms = (times: number[]) => `${Math.round(median(times))} ms`
+  return `longest gap at ${reads} reads/s, restore ${ms(restoreMs)}, undo ${ms(undoMs)}, neither ${ms(aloneMs)}; ${failed} of ${sent} requests failed in ${2 * rounds} swaps`
 }
 
 function median(values: number[]): number {

@@ -26,6 +26,10 @@ function slotCompose(site: Site, slot: SlotName, ...rest: string[]): string[] {
 /** Run with STRAPI_VERSION=release in the environment. */
 export const build = (site: Site) => compose(site, '--progress', 'plain', 'build', 'strapi-master')
 
+/** PostgreSQL and Redis, from docker/ of this project. */
+export const buildServices = (site: Site) =>
+  compose(site, '--progress', 'plain', 'build', 'postgresql', 'redis')
+
 /** Removes a slot's container, so that a killed `up` never leaves a half-renamed one. */
 export const remove = (site: Site, slot: SlotName) => ['docker', 'rm', '--force', site.slots[slot].container]
 
@@ -60,14 +64,22 @@ export const logs = (site: Site, slot: SlotName, lines: number) => [
 export const tag = (from: string, to: string) => ['docker', 'tag', from, to]
 export const removeImage = (name: string) => ['docker', 'image', 'rm', name]
 
+/** The id of a container of ours; or another's PostgreSQL, with the superuser whom its local socket lets in without a password. */
+export type Server = string | { containerId: string; superuser: string }
+
+/** What `docker exec` needs to know of a server, behind its other options. */
+export function target(server: Server): string[] {
+  return typeof server === 'string' ? [server] : [`--env=PGUSER=${server.superuser}`, server.containerId]
+}
+
 /** A query as the superuser on the local socket: no password, nothing on the network. */
-export const query = (containerId: string, database: string, sql: string) => {
+export const query = (server: Server, database: string, sql: string) => {
   return [
     'docker',
     'exec',
     '--user',
     'postgres',
-    containerId,
+    ...target(server),
     'psql',
     '--no-psqlrc',
     '--tuples-only',

@@ -4,6 +4,8 @@ import { Client } from 'undici'
 /** The fields that we read of `GET /containers/NAME/json`. https://docs.docker.com/reference/api/engine/version/v1.41/ */
 export interface Container {
   Id: string
+  /** With a slash in front. */
+  Name: string
   /** Of the image that it really runs. */
   Image: string
   RestartCount: number
@@ -14,8 +16,14 @@ export interface Container {
     ExitCode: number
     Health?: { Status: string } | null
   }
-  Config: { Image: string; Labels: Record<string, string> }
-  HostConfig: { RestartPolicy: { Name: string } }
+  Config: { Image: string; Labels: Record<string, string>; Env: string[] }
+  HostConfig: {
+    RestartPolicy: { Name: string }
+    PortBindings: Record<string, { HostIp: string; HostPort: string }[] | null> | null
+  }
+  /** `Source` is a path of this host, also for a volume of the local driver. */
+  Mounts: { Type: string; Name?: string; Source: string; Destination: string }[]
+  NetworkSettings: { Networks: Record<string, unknown> }
 }
 
 export interface Image {
@@ -35,6 +43,11 @@ export async function image(name: string): Promise<Image | undefined> {
   return await get<Image>(`/images/${name}/json`)
 }
 
+/** Folder of this host that a volume of the local driver is in, or undefined when there is no such volume. */
+export async function volumeFolder(name: string): Promise<string | undefined> {
+  return (await get<{ Mountpoint: string }>(`/volumes/${encodeURIComponent(name)}`))?.Mountpoint
+}
+
 /** All tags of a repository with their image ids. */
 export async function tags(repository: string): Promise<{ tag: string; id: string }[]> {
   type Row = { Id: string; RepoTags: string[] | null }
@@ -49,11 +62,19 @@ export async function tags(repository: string): Promise<{ tag: string; id: strin
 /** Containers of one Compose service, running or not. */
 export async function serviceContainers(project: string, service: string): Promise<Container[]> {
   // The last one tells them from what was started by hand: an image that Compose built carries the other two.
-  const label = [
+  return await labelled([
     `com.docker.compose.project=${project}`,
     `com.docker.compose.service=${service}`,
     'com.docker.compose.oneoff=False',
-  ]
+  ])
+}
+
+/** Containers that Compose made, of whichever project, running or not. */
+export async function composeContainers(): Promise<Container[]> {
+  return await labelled(['com.docker.compose.project', 'com.docker.compose.oneoff=False'])
+}
+
+async function labelled(label: string[]): Promise<Container[]> {
   const found = (await get<{ Id: string }[]>(`/containers/json?all=true&filters=${filter({ label })}`)) ?? []
   const containers = await Promise.all(found.map((one) => container(one.Id)))
   return containers.filter((one) => one !== undefined)

@@ -16,6 +16,15 @@ export interface Question {
 
 /** @throws Error with the reason when there is no complete answer in time (default 5 s) */
 export async function getUrl(address: string, question: Question = {}): Promise<Answer> {
+  return await ask('GET', address, question)
+}
+
+/** The same without the body. */
+export async function headUrl(address: string, question: Question = {}): Promise<Answer> {
+  return await ask('HEAD', address, question)
+}
+
+async function ask(method: 'GET' | 'HEAD', address: string, question: Question): Promise<Answer> {
   const url = new URL(address)
   const origin = new URL(url.origin)
   if (question.dial) origin.hostname = question.dial
@@ -24,7 +33,7 @@ export async function getUrl(address: string, question: Question = {}): Promise<
   })
   try {
     const { statusCode, headers, body } = await client.request({
-      method: 'GET',
+      method,
       path: `${url.pathname}${url.search}`,
       headers: { host: url.host, ...question.headers },
       signal: AbortSignal.timeout(question.timeoutMs ?? 5000),

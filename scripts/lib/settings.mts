@@ -124,7 +124,11 @@ export async function projectOf(envFile: string): Promise<string> {
 }
 
 /** The command of one of our scripts for this settings file, as an operator types it in the project's folder. */
-export function scriptCommand(script: 'deploy' | 'setup' | 'data', envFile: string, options = ''): string {
+export function scriptCommand(
+  script: 'deploy' | 'setup' | 'data' | 'migrate',
+  envFile: string,
+  options = '',
+): string {
   const file = envFile === resolve(projectRoot, 'docker/.env') ? '' : ` --env-file ${envFile}`
   return `npx zx scripts/${script}.mts${file}${options ? ` ${options}` : ''}`
 }

@@ -67,7 +67,7 @@ async function slotState(site: Site, slot: SlotName): Promise<SlotState> {
 }
 
 /** The engine's words in ours. A container that the engine keeps restarting is unhealthy, not booting. */
-export function statusOf(found: engine.Container): SlotStatus {
+export function statusOf(found: Pick<engine.Container, 'State'>): SlotStatus {
   if (found.State.Status === 'restarting' || found.State.Status === 'paused') return 'unhealthy'
   if (found.State.Status !== 'running') return 'stopped'
   switch (found.State.Health?.Status) {

@@ -4,10 +4,19 @@
 // x-release and drains nothing: SIGTERM destroys every open socket. Its table is a file in the uploads
 // volume, which both slots share. behaviour.json, baked into the image, makes it a bad release (see
 // Behaviour). Node's own modules only, so that the image builds without a network.
-import { createHash } from 'node:crypto'
-import { appendFileSync, closeSync, fstatSync, openSync, readFileSync, readSync } from 'node:fs'
+import { createHash, randomBytes } from 'node:crypto'
+import {
+  appendFileSync,
+  closeSync,
+  fstatSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
 import { createServer } from 'node:http'
-import { json } from 'node:stream/consumers'
+import { buffer, json } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
 
 /**
@@ -70,10 +79,12 @@ const routes = {
   'GET /_health': (request, response) => response.writeHead(204).end(),
   'GET /admin/init': (request, response) =>
     send(response, behaviour.smokeStatus ?? 200, { data: { hasAdmin: true } }),
+  'GET /admin': (request, response) => send(response, 200, {}),
   'GET /api/pings': find,
   'POST /api/pings': create,
   'GET /api/pings/slow': slow,
   'POST /api/pings/echo': echo,
+  'POST /api/upload': upload,
 }
 
 function find(request, response, query) {
@@ -110,6 +121,24 @@ async function echo(request, response) {
   send(response, 200, { bytes, sha256: hash.digest('hex') })
 }
 
+/** One file, whatever it is called; its name is its id. */
+async function upload(request, response) {
+  const body = await buffer(request)
+  const [head] = body.toString('latin1').split('\r\n', 1)
+  const from = body.indexOf('\r\n\r\n') + 4
+  const id = randomBytes(5).toString('hex')
+  writeFileSync(
+    new URL(`./public/uploads/file_${id}.png`, import.meta.url),
+    body.subarray(from, body.indexOf(`\r\n${head}`, from)),
+  )
+  send(response, 201, [{ id, url: `/uploads/file_${id}.png` }])
+}
+
+function removeUpload(response, id) {
+  rmSync(new URL(`./public/uploads/file_${id}.png`, import.meta.url))
+  send(response, 200, {})
+}
+
 function send(response, status, body) {
   response.writeHead(status, { 'content-type': 'application/json' }).end(JSON.stringify(body))
 }
@@ -121,6 +150,8 @@ function sendError(response, status, message) {
 async function answer(request, response) {
   response.setHeader('x-release', RELEASE)
   const { pathname, searchParams } = new URL(request.url, 'http://localhost')
+  const [, id] = /^\/api\/upload\/files\/([0-9a-f]+)$/.exec(pathname) ?? []
+  if (id && request.method === 'DELETE') return removeUpload(response, id)
   const route = routes[`${request.method} ${pathname}`]
   if (!route) return sendError(response, 404, 'Not Found')
   try {

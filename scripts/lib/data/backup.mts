@@ -4,14 +4,14 @@ import { statSync } from 'node:fs'
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { run } from '../command.mts'
-import { query } from '../compose.mts'
+import { query, type Server } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
 import { alive, detail, exitCodes, explain, interrupted, pause, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
-import { archiveConfig } from './config.mts'
+import { archiveConfig, configFiles, type ConfigFile } from './config.mts'
 import {
   filesOfPart,
   format,
@@ -42,14 +42,19 @@ export interface Backup {
   manifest: Manifest
 }
 
+/** Where a backup comes from that is not of the site as it runs here. */
+export interface Origin {
+  server: Server
+  configFiles: ConfigFile[]
+}
+
 /** What a killed run left: when PostgreSQL answers, its sessions and files; half-made sets. @returns what was found, in words */
 export async function endBackupLeftovers(site: Site): Promise<string[]> {
   const found: string[] = []
   const postgresql = await healthyPostgresql(site)
   // First of all: a dump that still runs holds locks that Strapi may wait for.
   if (postgresql !== undefined) {
-    const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name IN ('${tools.backupSession}', '${tools.restoreSession}') AND pid <> pg_backend_pid()`
-    const ended = Number(await run(query(postgresql, 'postgres', end)))
+    const ended = await endSessions(postgresql)
     if (ended > 0) found.push(`${ended} sessions in PostgreSQL`)
     const files = (await run(tools.listIncoming(postgresql)))
       .split('\n')
@@ -66,19 +71,27 @@ export async function endBackupLeftovers(site: Site): Promise<string[]> {
   return found
 }
 
+/** @returns how many sessions of killed backups and restores were ended */
+export async function endSessions(server: Server): Promise<number> {
+  const end = `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name IN ('${tools.backupSession}', '${tools.restoreSession}') AND pid <> pg_backend_pid()`
+  return Number(await run(query(server, 'postgres', end)))
+}
+
 /**
  * Makes a set of these parts and reads it back.
  * @throws Problem or Error, with everything half-made removed
  */
-export async function makeBackup(site: Site, parts: Part[]): Promise<Backup> {
+export async function makeBackup(site: Site, parts: Part[], origin?: Origin): Promise<Backup> {
   const createdAt = new Date()
   const name = await newSetName(site, createdAt)
   const database =
-    parts.includes('database') || parts.includes('uploads') ? await reachDatabase(site) : undefined
+    parts.includes('database') || parts.includes('uploads')
+      ? (origin?.server ?? (await reachDatabase(site)))
+      : undefined
   await needSpace(site, parts, database)
   const folder = await stageSet(site, name)
   try {
-    const manifest = await fill(site, { name, folder, parts, createdAt, database })
+    const manifest = await fill(site, { name, folder, parts, createdAt, database, origin })
     detail('reading everything back')
     const progress = { bytes: 0 }
     const wrong = await alive(
@@ -110,17 +123,19 @@ interface Job {
   folder: string
   parts: Part[]
   createdAt: Date
-  /** Id of PostgreSQL's container. */
-  database: string | undefined
+  /** PostgreSQL. */
+  database: Server | undefined
+  origin: Origin | undefined
 }
 
 async function fill(site: Site, job: Job): Promise<Manifest> {
-  const { folder, parts, createdAt } = job
+  const { folder, parts, createdAt, origin } = job
   const { state, uploads } = await takeState(site, job)
   const missing = [...(uploads?.missing ?? [])].map(([name, reason]) => `uploads/${name} ${reason}`)
   if (parts.includes('config')) {
     detail('archiving the configuration')
-    missing.push(...(await archiveConfig(site, join(folder, 'config.tar'))))
+    const files = origin?.configFiles ?? (await configFiles(site))
+    missing.push(...(await archiveConfig(files, join(folder, 'config.tar'))))
   }
   const { master, slave, flag } = await observe(site)
   const manifest: Manifest = {
@@ -184,7 +199,7 @@ async function takeState(site: Site, { name, folder, parts, database }: Job) {
 
 async function dumpDatabase(
   site: Site,
-  database: string,
+  database: Server,
   snapshot: Snapshot,
   name: string,
   folder: string,
@@ -193,14 +208,25 @@ async function dumpDatabase(
   const compression = Number.parseInt(snapshot.serverVersion) >= 16 ? 'zstd' : 'gzip'
   const owner = `${process.getuid?.() ?? 0}:${process.getgid?.() ?? 0}`
   const options = { timeoutMs: 12 * 3_600_000, signal: interrupted }
+  const common = { database: site.database.name, snapshot: snapshot.id, compression } as const
+  // Another's container does not see our folder.
+  if (typeof database !== 'string') {
+    for (const [to, argv] of [
+      ['database.dump', tools.dump(database, { ...common, file: undefined })],
+      ['roles.sql', tools.dumpRoles(database, undefined)],
+    ] as const) {
+      detail(`dumping ${to}`)
+      const path = join(folder, to)
+      await alive(
+        () => `dumping ${to}, ${megabytes(sizeOf(path))}`,
+        () => run(['sh', '-c', 'umask 077; exec "$@" > "$0"', path, ...argv], options),
+      )
+    }
+    return
+  }
   const written = [
     {
-      argv: tools.dump(database, {
-        database: site.database.name,
-        snapshot: snapshot.id,
-        compression,
-        file: `${name}.dump`,
-      }),
+      argv: tools.dump(database, { ...common, file: `${name}.dump` }),
       from: `${name}.dump`,
       to: 'database.dump',
     },
@@ -257,7 +283,7 @@ export async function reachDatabase(site: Site): Promise<string> {
 }
 
 /** A dump is smaller than its database; uploads and the rest are as large as they are. @throws Problem before anything is written */
-async function needSpace(site: Site, parts: Part[], database: string | undefined): Promise<void> {
+async function needSpace(site: Site, parts: Part[], database: Server | undefined): Promise<void> {
   const size = databaseSize(site.database.name)
   const bytes =
     (parts.includes('uploads') ? await folderBytes(site.folders.uploads) : 0) +

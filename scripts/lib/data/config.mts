@@ -4,11 +4,14 @@ import { join, resolve } from 'node:path'
 import type { Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
 
+/** Name in the archive and path on this host. */
+export type ConfigFile = [string, string]
+
 /** @returns the names of files that should be there and are not, each with the reason */
-export async function archiveConfig(site: Site, tarPath: string): Promise<string[]> {
+export async function archiveConfig(files: ConfigFile[], tarPath: string): Promise<string[]> {
   await using archive = createArchive(tarPath)
   const missing: string[] = []
-  for (const [name, path] of await configFiles(site)) {
+  for (const [name, path] of files) {
     // A link to a settings file is as good as the file.
     const added = await archive.addFile(await realpath(path).catch(() => path), name)
     if ('skipped' in added) missing.push(`${name} (${path}) ${added.skipped}`)
@@ -17,8 +20,7 @@ export async function archiveConfig(site: Site, tarPath: string): Promise<string
   return missing
 }
 
-/** Names in the archive and paths on this host. */
-async function configFiles(site: Site): Promise<[string, string][]> {
+export async function configFiles(site: Site): Promise<ConfigFile[]> {
   const docker = join(site.root, 'docker')
   const services = await Promise.all(
     ['strapi', 'postgresql', 'redis', 'livekit'].map((name) => filesOf(docker, name)),
@@ -27,7 +29,7 @@ async function configFiles(site: Site): Promise<[string, string][]> {
     ['secrets/firebase', site.values.FIREBASE_CREDENTIALS],
     ['secrets/apns', site.values.APNS_KEY],
   ]
-  const credentials = optional.flatMap(([name, path]): [string, string][] =>
+  const credentials = optional.flatMap(([name, path]): ConfigFile[] =>
     path && path !== '/dev/null' ? [[name, resolve(docker, path)]] : [],
   )
   const nginx = await stat(site.nginx.confFile).catch(() => undefined)
@@ -36,14 +38,12 @@ async function configFiles(site: Site): Promise<[string, string][]> {
     ['strapi/.env', join(site.source, '.env')],
     ['docker/docker-compose.yml', join(docker, 'docker-compose.yml')],
     ...services.flat(),
-    ...(nginx
-      ? [[`nginx/${site.nginx.serverName}.conf`, site.nginx.confFile] satisfies [string, string]]
-      : []),
+    ...(nginx ? [[`nginx/${site.nginx.serverName}.conf`, site.nginx.confFile] satisfies ConfigFile] : []),
     ...credentials,
   ]
 }
 
-async function filesOf(docker: string, service: string): Promise<[string, string][]> {
+async function filesOf(docker: string, service: string): Promise<ConfigFile[]> {
   const names = await readdir(join(docker, service))
   return names.map((name) => [`docker/${service}/${name}`, join(docker, service, name)])
 }

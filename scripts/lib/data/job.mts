@@ -23,6 +23,8 @@ export interface Request {
   isAgreed: boolean
   /** A host that is being set up: its settings were written, nothing serves yet. */
   isNewHost: boolean
+  /** Texts sort as this server does by itself, not as in the set: it may not know the locale of the set. */
+  sortsAsServer?: boolean
 }
 
 export interface Job extends Request {

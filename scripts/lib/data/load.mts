@@ -23,7 +23,8 @@ export async function loadDump(job: Job): Promise<void> {
   const { site, manifest, postgresql, id } = job
   const owner = site.database.user
   const settings = manifest.database?.settings
-  await run(query(postgresql, 'postgres', createDatabase(incoming, owner, settings, job.serverVersion)))
+  const locale = job.sortsAsServer ? undefined : settings
+  await run(query(postgresql, 'postgres', createDatabase(incoming, owner, locale, job.serverVersion)))
   const roles = await createMissingRoles(site, postgresql, job.folder, id)
   if (roles.created.length > 0) detail(`created the roles ${roles.created.join(', ')}, as in the set`)
   const file = `${id}.dump`

@@ -1,12 +1,14 @@
 /** Commands in PostgreSQL's container as data: its own tools, as the superuser on the local socket, without a password. */
 
+import { target, type Server } from '../compose.mts'
+
 /** What sessions call themselves, so that the next run finds those that a kill left. */
 export const backupSession = 'strapi-blue-green-backup'
 export const restoreSession = 'strapi-blue-green-restore'
 
 /** psql for a conversation. It stops at the first error. */
-export const psql = (containerId: string, database: string, session: string) => [
-  ...asSuperuser(containerId, '--interactive', `--env=PGAPPNAME=${session}`),
+export const psql = (server: Server, database: string, session: string) => [
+  ...asSuperuser(server, '--interactive', `--env=PGAPPNAME=${session}`),
   'psql',
   '--no-psqlrc',
   '--quiet',
@@ -22,27 +24,27 @@ export interface Dump {
   /** Name of an exported snapshot. */
   snapshot: string
   compression: 'zstd' | 'gzip'
-  /** Name in the folder that both sides see. */
-  file: string
+  /** Name in the folder that both sides see; undefined: to stdout. */
+  file: string | undefined
 }
 
-export const dump = (containerId: string, { database, snapshot, compression, file }: Dump) => [
-  ...asSuperuser(containerId, `--env=PGAPPNAME=${backupSession}`),
+export const dump = (server: Server, { database, snapshot, compression, file }: Dump) => [
+  ...asSuperuser(server, `--env=PGAPPNAME=${backupSession}`),
   ...privately('pg_dump'),
   '--format=custom',
   `--compress=${compression}`,
   `--snapshot=${snapshot}`,
-  `--file=/backup/${file}`,
+  ...(file === undefined ? [] : [`--file=/backup/${file}`]),
   '--dbname',
   database,
 ]
 
 /** Roles with their password hashes, and tablespaces: what a dump of one database leaves out. */
-export const dumpRoles = (containerId: string, file: string) => [
-  ...asSuperuser(containerId, `--env=PGAPPNAME=${backupSession}`),
+export const dumpRoles = (server: Server, file: string | undefined) => [
+  ...asSuperuser(server, `--env=PGAPPNAME=${backupSession}`),
   ...privately('pg_dumpall'),
   '--globals-only',
-  `--file=/backup/${file}`,
+  ...(file === undefined ? [] : [`--file=/backup/${file}`]),
 ]
 
 /** Reads a dump from stdin to its end, and writes nothing. */
@@ -138,9 +140,9 @@ export const removeIncoming = (containerId: string, files: string[]) => {
 const unbound =
   '-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off'
 
-function asSuperuser(containerId: string, ...options: string[]): string[] {
+function asSuperuser(server: Server, ...options: string[]): string[] {
   const own = ['--env=PGCLIENTENCODING=UTF8', `--env=PGOPTIONS=${unbound}`]
-  return ['docker', 'exec', '--user=postgres', ...own, ...options, containerId]
+  return ['docker', 'exec', '--user=postgres', ...own, ...options, ...target(server)]
 }
 
 function asRoot(containerId: string): string[] {

@@ -2,6 +2,7 @@
 import { once } from 'node:events'
 import { createInterface } from 'node:readline'
 import { converse } from '../command.mts'
+import type { Server } from '../compose.mts'
 import type { DatabaseSettings } from './manifest.mts'
 import { backupSession, psql } from './postgresql.mts'
 
@@ -49,11 +50,11 @@ const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encod
  * @throws Error with what psql said
  */
 export async function openSnapshot(
-  containerId: string,
+  server: Server,
   database: string,
   name = backupSession,
 ): Promise<Snapshot> {
-  const session = startSession(psql(containerId, database, name))
+  const session = startSession(psql(server, database, name))
   try {
     await session.ask('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;')
     const [id = ''] = await session.ask('SELECT pg_export_snapshot();')

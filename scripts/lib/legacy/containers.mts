@@ -1,0 +1,140 @@
+/** Takes the containers of the legacy set-up out of service and brings them back. They are never removed here. */
+import { existsSync } from 'node:fs'
+import { rename } from 'node:fs/promises'
+import { dirname } from 'node:path'
+import { ask, run } from '../command.mts'
+import * as engine from '../engine.mts'
+import { syncFolder } from '../envfile.mts'
+import { alive, exitCodes, Problem } from '../report.mts'
+import { getUrl } from '../http.mts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import {
+  inStartOrder,
+  isRunning,
+  nameOf,
+  retiredPrefix,
+  retiredSuffix,
+  type Legacy,
+  type Service,
+} from './look.mts'
+
+/** As they are now; `legacy` tells only what they are. */
+export async function runningServices(legacy: Legacy): Promise<Service[]> {
+  const now = await Promise.all(
+    inStartOrder(legacy).map(async (service) => {
+      const container = await engine.container(service.container.Id)
+      return container ? { ...service, container } : undefined
+    }),
+  )
+  return now.filter((service) => service !== undefined && isRunning(service)) as Service[]
+}
+
+/** Its server drains nothing, and npm as the first process passes no signal on: everything in the container is told. */
+export async function stopStrapi({ services: { strapi } }: Legacy): Promise<void> {
+  await stop(strapi, { tell: ['sh', '-c', 'kill -TERM -1'], seconds: 3, moreSeconds: 0 })
+}
+
+export async function stopRedis({ services: { redis }, redis: { password } }: Legacy): Promise<void> {
+  const env = { REDISCLI_AUTH: password }
+  await stop(redis, { tell: ['redis-cli', 'shutdown'], seconds: 30, moreSeconds: 30, env })
+}
+
+/** "Fast": sessions are ended, the data is whole. A first process that is a shell would keep the signal for itself. */
+export async function stopPostgresql({ services: { postgresql } }: Legacy): Promise<void> {
+  const tell = 'kill -INT "$(head -n 1 "${PGDATA:-/var/lib/postgresql/data}/postmaster.pid")"'
+  await stop(postgresql, { tell: ['sh', '-c', tell], seconds: 60, moreSeconds: 60 })
+}
+
+export async function stopLiveKit({ services: { livekit } }: Legacy): Promise<void> {
+  if (livekit) await stop(livekit, { seconds: 10, moreSeconds: 0 })
+}
+
+interface Stop {
+  /** Said in the container, by what it has itself. */
+  tell?: string[]
+  env?: Record<string, string>
+  /** For it to end by itself, and then until it is killed. */
+  seconds: number
+  moreSeconds: number
+}
+
+/** First of all the engine must not start it again: neither now nor after a reboot. */
+async function stop(service: Service, { tell, env = {}, seconds, moreSeconds }: Stop): Promise<void> {
+  const { Id } = service.container
+  await run(['docker', 'update', '--restart', 'no', Id])
+  if (!isRunning({ container: (await engine.container(Id)) ?? service.container })) return
+  const names = Object.keys(env).map((name) => `--env=${name}`)
+  const isTold =
+    tell !== undefined && (await ask(['docker', 'exec', ...names, Id, ...tell], { env })) !== undefined
+  const deadline = Date.now() + (isTold ? seconds * 1000 : 0)
+  while (Date.now() < deadline) {
+    if ((await engine.container(Id))?.State.Status === 'exited') return
+    await sleep(50)
+  }
+  await run(['docker', 'stop', '--time', String(isTold ? moreSeconds : seconds), Id])
+}
+
+/** Nobody starts it again by mistake: two PostgreSQL on the same data would destroy it. */
+export async function retireFiles(legacy: Legacy): Promise<void> {
+  for (const path of legacy.composeFiles)
+    if (!path.endsWith(retiredSuffix)) await renameSynced(path, `${path}${retiredSuffix}`)
+}
+
+/** Their names say what they are. */
+export async function renameRetired(legacy: Legacy): Promise<void> {
+  for (const { container } of inStartOrder(legacy)) {
+    const name = nameOf({ container: (await engine.container(container.Id)) ?? container })
+    if (!name.startsWith(retiredPrefix))
+      await run(['docker', 'rename', container.Id, `${retiredPrefix}${name}`])
+  }
+}
+
+/** Names, files and restarts as they were, then everything is started. Nothing of it is in use by others by now. */
+export async function bringBack(legacy: Legacy): Promise<void> {
+  for (const path of legacy.composeFiles) {
+    const name = path.endsWith(retiredSuffix) ? path.slice(0, -retiredSuffix.length) : path
+    await renameSynced(`${name}${retiredSuffix}`, name)
+  }
+  for (const { container, restart } of inStartOrder(legacy)) {
+    const name = nameOf({ container: (await engine.container(container.Id)) ?? container })
+    if (name.startsWith(retiredPrefix))
+      await run(['docker', 'rename', container.Id, name.slice(retiredPrefix.length)])
+    await run(['docker', 'start', container.Id])
+    await run(['docker', 'update', '--restart', restart, container.Id])
+  }
+}
+
+/** It builds at each start, which takes minutes. @throws Problem (degraded) when Strapi does not answer */
+export async function untilServing(legacy: Legacy, patienceMs = 1_800_000): Promise<void> {
+  const deadline = Date.now() + patienceMs
+  const { strapi } = legacy.services
+  await alive(
+    () =>
+      `waiting for the legacy Strapi, which builds at its start: docker logs -f ${nameOf(strapi).replace(retiredPrefix, '')}`,
+    async () => {
+      for (;;) {
+        const answer = await getUrl(`http://${legacy.address}/_health`).catch((error: unknown) => error)
+        if (
+          typeof answer === 'object' &&
+          answer !== null &&
+          'status' in answer &&
+          Number(answer.status) < 300
+        )
+          return
+        if (Date.now() > deadline)
+          throw new Problem(
+            exitCodes.degraded,
+            `the legacy Strapi does not answer at ${legacy.address}`,
+            `Look at: docker logs ${nameOf(strapi).replace(retiredPrefix, '')}`,
+          )
+        await sleep(500)
+      }
+    },
+  )
+}
+
+async function renameSynced(from: string, to: string): Promise<void> {
+  if (!existsSync(from)) return
+  await rename(from, to)
+  await syncFolder(dirname(to))
+}

@@ -1,0 +1,36 @@
+/** What the migration did, one JSON object a line, appended and synced. It saves time and knows figures; what is, is looked at. */
+import { join } from 'node:path'
+import { readText } from '../envfile.mts'
+import { makeStateDir, parseTorn, writeSynced } from '../history.mts'
+import type { Site } from '../settings.mts'
+
+export interface Note {
+  at: string
+  /** Name of the set that was made before anything changed. */
+  backup?: string
+  /** Rows of each table when the legacy Strapi had stopped. */
+  rows?: Record<string, number>
+  /** The new PostgreSQL had as many, before Strapi started. */
+  areRowsSame?: boolean
+  /** Milliseconds from the stop of the legacy Strapi until the new one was healthy. */
+  outageMs?: number
+  /** Folder of the legacy compose file. */
+  from?: string
+  isFinal?: boolean
+}
+
+export async function note(site: Site, entry: Omit<Note, 'at'>): Promise<void> {
+  await makeStateDir(site)
+  // A line that a power cut left torn must not swallow this one.
+  await writeSynced(fileOf(site), 'a', `\n${JSON.stringify({ at: new Date().toISOString(), ...entry })}\n`)
+}
+
+/** Everything that was noted; the later one counts. */
+export async function notes(site: Pick<Site, 'stateDir'>): Promise<Partial<Note>> {
+  const lines = ((await readText(fileOf(site))) ?? '').split('\n')
+  return Object.assign({}, ...lines.flatMap((line) => parseTorn<Note>(line))) as Partial<Note>
+}
+
+function fileOf(site: Pick<Site, 'stateDir'>): string {
+  return join(site.stateDir, 'migration.jsonl')
+}

@@ -1,0 +1,164 @@
+/** What is migrated, and how far it has come: told by what is, not by what was noted. */
+import { existsSync } from 'node:fs'
+import { stat } from 'node:fs/promises'
+import { dirname, resolve } from 'node:path'
+import { parse } from 'dotenv'
+import type { Finding } from '../checks.mts'
+import { folderBytes } from '../data/uploads.mts'
+import { megabytes, needRoom } from '../data/room.mts'
+import { readText } from '../envfile.mts'
+import { missingSoftware } from '../install.mts'
+import { isInstallable } from '../nginx.mts'
+import { isFree } from '../ports.mts'
+import { addToResult, detail, exitCodes, explain, Problem } from '../report.mts'
+import { exampleFile, withEnvironment, type Site } from '../settings.mts'
+import { getUrl } from '../http.mts'
+import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy } from './look.mts'
+import { legacyNginx, type LegacyNginx } from './nginx.mts'
+import { planSettings, type Settings } from './settings.mts'
+import { uploadProblems } from './uploads.mts'
+
+export interface Migration {
+  envFile: string
+  legacy: Legacy
+  nginx: LegacyNginx
+  /** As they will be written. */
+  settings: Settings
+  /** The new set-up; read again when its settings are written. */
+  site: Site
+  /** The switch has begun: the legacy set-up is out of service, or about to be. */
+  isUnderWay: boolean
+}
+
+/** @throws Problem (usage) that lists all that is not understood or not fit; nothing is changed */
+export async function see(envFile: string, from: string, leave: string[]): Promise<Migration> {
+  const folder = resolve(from)
+  const legacy = await look(folder, leave)
+  if (Array.isArray(legacy)) throw refusal(folder, legacy)
+  const isUnderWay = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
+  const values = withEnvironment({
+    ...parse((await readText(exampleFile)) ?? ''),
+    ...parse((await readText(envFile)) ?? ''),
+  })
+  const nginxCommand = (values.NGINX_COMMAND ?? '').split(/\s+/)
+  const nginx = await legacyNginx(nginxCommand, legacy.address, `127.0.0.1:${values.CONTROL_PORT}`)
+  const settings = await planSettings(envFile, legacy, nginx)
+  const { site } = settings
+  const migration = { envFile, legacy, nginx, settings, site, isUnderWay }
+  if (!isUnderWay) {
+    const problems = await problemsOf(migration)
+    if (problems.length > 0) throw refusal(folder, problems)
+  }
+  return migration
+}
+
+/** The plan in a few lines. */
+export async function describe({ legacy, nginx, site }: Migration): Promise<void> {
+  const uploads = await folderBytes(legacy.uploads)
+  const { database } = legacy
+  detail(
+    [
+      `project ${legacy.project}: ${inStartOrder(legacy).map(nameOf).join(', ')}; Strapi answers at ${legacy.address}`,
+      `application ${legacy.source}; uploads ${megabytes(uploads)}`,
+      `PostgreSQL ${database.major} in ${database.folder}${database.live ? `, ${database.name} has ${megabytes(database.live.bytes)}` : ''}`,
+      `nginx ${nginx.files.join(', ') || 'passes nobody to it by a file of its own'}`,
+      `new: project ${site.project}, application ${site.source}, uploads ${site.folders.uploads}, PostgreSQL ${site.folders.postgres}`,
+      'expected outage: what PostgreSQL, Redis and one Strapi take to start, seconds; with another PostgreSQL also its dump and restore',
+    ].join('\n'),
+  )
+  addToResult({
+    legacy: { project: legacy.project, uploadsBytes: uploads, databaseBytes: database.live?.bytes },
+  })
+}
+
+async function problemsOf(migration: Migration): Promise<Finding[]> {
+  const { legacy, site } = migration
+  const problems: Finding[] = []
+  const add = (problem: string, fix: string) => problems.push({ problem, fix })
+  for (const service of inStartOrder(legacy))
+    if (!isRunning(service)) add(`${nameOf(service)} does not run`, `docker start ${nameOf(service)}`)
+  const health = await getUrl(`http://${legacy.address}/_health`).catch((error: unknown) => explain(error))
+  if (typeof health === 'string' || health.status >= 300)
+    add(
+      `the legacy Strapi is not healthy: ${typeof health === 'string' ? health : `/_health answers ${health.status}`}`,
+      `Look at: docker logs ${nameOf(legacy.services.strapi)}`,
+    )
+  if (site.project === legacy.project)
+    add(
+      `both set-ups would be the Compose project ${site.project}`,
+      `Set COMPOSE_PROJECT_NAME in ${site.envFile} to another name.`,
+    )
+  if (resolve(site.source) === resolve(legacy.source))
+    add(
+      'STRAPI_SOURCE is the legacy application itself, which must stay as it is',
+      `Set STRAPI_SOURCE in ${site.envFile} to a folder of its own; where it is empty, the application is copied there.`,
+    )
+  if (resolve(site.folders.uploads) === resolve(legacy.uploads))
+    add(
+      'UPLOADS_VOLUME is the legacy folder, which must stay as it is',
+      `Set it in ${site.envFile} to another folder.`,
+    )
+  const wanted = Number(/:(?:v)?(\d+)/.exec(site.values.POSTGRES_IMAGE ?? '')?.[1])
+  if (wanted < legacy.database.major)
+    add(
+      `the data is of PostgreSQL ${legacy.database.major}, which ${site.values.POSTGRES_IMAGE} cannot read`,
+      `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${legacy.database.major} or newer.`,
+    )
+  for (const problem of (await uploadProblems(legacy.uploads, site.folders.uploads)).slice(0, 20))
+    add(problem, 'Mend or remove it, then run this again.')
+  for (const [key, address] of ports(site, legacy))
+    if (!(await isFree(address)))
+      add(
+        `port ${address} (${key}) is taken`,
+        `ss -ltnp 'sport = :${address.split(':').at(-1)}'   shows by whom`,
+      )
+  for (const missing of await missingSoftware()) add(`${missing.name} is missing`, missing.fix)
+  const obstacle = await isInstallable(site)
+  if (obstacle) add(obstacle, 'nginx is the way of the visitors: it must be there before.')
+  const short = await roomProblem(migration)
+  if (short) add(short, 'Make room, or choose other folders.')
+  return problems
+}
+
+/** Those that nobody may hold, but the legacy Strapi its own. */
+function ports(site: Site, legacy: Legacy): [string, string][] {
+  const all: [string, string][] = [
+    ['MASTER_PORT', site.slots['strapi-master'].address],
+    ['SLAVE_PORT', site.slots['strapi-slave'].address],
+    ['CONTROL_PORT', site.nginx.control],
+  ]
+  return all.filter(([, address]) => address.split(':').at(-1) !== legacy.address.split(':').at(-1))
+}
+
+/** The set, the copy of the uploads, and a second database in case it has to go by dump and restore. */
+async function roomProblem({ legacy, site }: Migration): Promise<string | undefined> {
+  const uploads = await folderBytes(legacy.uploads)
+  const database = legacy.database.live?.bytes ?? 0
+  const wants = [
+    { folder: site.folders.backups, bytes: uploads + database },
+    { folder: site.folders.uploads, bytes: uploads },
+    { folder: site.folders.postgres, bytes: 2 * database },
+  ]
+  const there = await Promise.all(
+    wants.map(async ({ folder, bytes }) => ({ folder: await existing(folder), bytes })),
+  )
+  return await needRoom('the migration needs', there).then(
+    () => undefined,
+    (error: unknown) => explain(error),
+  )
+}
+
+/** The folder, or the nearest one above it that is there. */
+async function existing(folder: string): Promise<string> {
+  return (await stat(folder).catch(() => undefined)) ? folder : existing(dirname(folder))
+}
+
+function refusal(folder: string, problems: Finding[]): Problem {
+  const list = problems.map(({ problem, fix }) => `\n  - ${problem}\n    -> ${fix}`).join('')
+  return new Problem(exitCodes.usage, `${folder} is not migrated; nothing was changed:${list}`)
+}
+
+/** The application may come along, or be there already. */
+export function hasApplication(site: Site): boolean {
+  return existsSync(resolve(site.source, 'package.json'))
+}

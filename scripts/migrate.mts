@@ -1,0 +1,178 @@
+/** Moves a legacy set-up (one Strapi container with the project mounted) to this one: resumable anywhere, and back at any time. */
+import { parseArgs } from 'node:util'
+import { resolve } from 'node:path'
+import { agree } from './lib/agree.mts'
+import { endOrphans, markCommands } from './lib/command.mts'
+import { endLeftovers } from './lib/data/exclusive.mts'
+import { describeRollback, finalize, rollBack, showStatus } from './lib/legacy/back.mts'
+import { checkList } from './lib/legacy/checklist.mts'
+import { note, notes } from './lib/legacy/journal.mts'
+import { describe, see, type Migration } from './lib/legacy/migration.mts'
+import { impact, preparation, type Step } from './lib/legacy/steps.mts'
+import { parseDuration, takeLock } from './lib/lock.mts'
+import * as report from './lib/report.mts'
+import { detail, exitCodes, Problem, say, step } from './lib/report.mts'
+import { asRoot, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
+
+const names = ['look', ...preparation.map(({ name }) => name), ...impact.map(({ name }) => name), 'check']
+
+const usage = `
+Migrates a legacy set-up (one container strapi with the project mounted, built at each start) to the blue-green one beside it.
+
+  sudo npx zx scripts/migrate.mts --from FOLDER --dry-run   what is there, and what would be done
+  sudo npx zx scripts/migrate.mts --from FOLDER             migrate; FOLDER holds the legacy docker-compose.yml
+  sudo npx zx scripts/migrate.mts --status                  how far it has come
+  sudo npx zx scripts/migrate.mts --rollback                back to the legacy set-up
+  sudo npx zx scripts/migrate.mts --finalize                remove what is kept of the legacy set-up for the way back
+
+  --until STEP       stop after one of: ${names.join(', ')}; visitors notice from switch on
+  --leave SERVICES   legacy services that stay as they are, separated by commas
+  --yes              do not ask before visitors notice
+  --dry-run          say what would be done, change nothing
+  --env-file FILE    settings of the new set-up (default docker/.env)
+  --wait DURATION    wait for another run to end, for example 30m
+  --json             one JSON object a line, the last one is the result
+  --help
+
+Killed at any moment, the same command goes on. Exit codes: 0 done; 1 failed, the legacy site serves as before; 2 usage or
+settings, or something is not understood; 3 degraded: a person must act; 4 another run holds the lock; 130 interrupted.`
+
+await report.main(async () => {
+  process.umask(0o022)
+  const { values: options } = parseArgs({
+    args: report.scriptArguments(),
+    options: {
+      from: { type: 'string' },
+      status: { type: 'boolean' },
+      rollback: { type: 'boolean' },
+      finalize: { type: 'boolean' },
+      until: { type: 'string' },
+      leave: { type: 'string' },
+      yes: { type: 'boolean' },
+      'dry-run': { type: 'boolean' },
+      'env-file': { type: 'string' },
+      wait: { type: 'string' },
+      json: { type: 'boolean' },
+      help: { type: 'boolean', short: 'h' },
+    },
+  })
+  if (options.help) return say(usage.trim())
+  report.configureReport({ json: options.json, dryRun: options['dry-run'] })
+  refuseNonsense(options)
+  const envFile = resolve(options['env-file'] ?? resolve(projectRoot, 'docker/.env'))
+  needRoot(envFile)
+  const waitMs = parseDuration(options.wait ?? '0')
+  const leave = (options.leave ?? '').split(',').filter((name) => name !== '')
+  const isAgreed = options.yes ?? false
+
+  const isReading = report.isDryRun() || options.status
+  const lock = isReading ? undefined : await takeLock(await projectOf(envFile), 'migrate', waitMs)
+  try {
+    const from = await legacyFolder(envFile, options.from)
+    const look = () => see(envFile, from, leave)
+    if (options.status) return await showStatus(await look())
+    if (options.rollback) return await back(await look(), isAgreed)
+    if (options.finalize) return await forGood(await look(), isAgreed)
+    await migrate(await step('1/8', 'Look at the legacy set-up', look), options.until ?? 'check', isAgreed)
+  } finally {
+    lock?.release()
+  }
+})
+
+async function migrate(migration: Migration, until: string, isAgreed: boolean): Promise<void> {
+  await describe(migration)
+  if (until === 'look') return
+  await clear(migration)
+
+  // No impact yet.
+  for (const [at, one] of preparation.entries()) {
+    await take(`${at + 2}/8`, one, migration)
+    if (until === one.name) return sayNext(migration)
+  }
+
+  // From here on visitors notice.
+  if (!report.isDryRun() && !migration.isUnderWay) {
+    say('From here on visitors notice: the site is off until strapi-master is healthy.')
+    await agree('Stop the legacy site now', isAgreed)
+  }
+  for (const [at, one] of impact.entries()) {
+    await take(`${at + 6}/8`, one, migration)
+    if (until === one.name) return sayNext(migration)
+  }
+  if (report.isDryRun()) return say('Nothing was changed.')
+  await step('8/8', 'Check list', () => checkList(migration.site))
+  const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
+  say(
+    `Done: the new set-up serves. The legacy one is kept; back to it: ${option('--rollback')}; without it for good: ${option('--finalize')}`,
+  )
+}
+
+/** What is done already is not done again; what was done is looked at. */
+async function take(number: string, { title, plan, isDone, act }: Step, migration: Migration): Promise<void> {
+  await step(number, title, async () => {
+    const isBehind = migration.isUnderWay && preparation.some((one) => one.title === title)
+    if (isBehind || (await isDone(migration))) return detail('done already')
+    if (report.isDryRun()) return detail(`would ${await plan(migration)}`)
+    await act(migration)
+  })
+}
+
+async function back(migration: Migration, isAgreed: boolean): Promise<void> {
+  await describeRollback(migration)
+  if (report.isDryRun()) return say('Nothing was changed.')
+  await agree('Go back to the legacy set-up', isAgreed)
+  await clear(migration)
+  await rollBack(migration)
+}
+
+async function forGood(migration: Migration, isAgreed: boolean): Promise<void> {
+  if (report.isDryRun()) return say('Nothing was changed.')
+  await agree('Remove the legacy containers, and with them the way back', isAgreed)
+  await finalize(migration)
+}
+
+/** Ends what a killed run left running. */
+async function clear({ site, legacy }: Migration): Promise<void> {
+  if (report.isDryRun()) return
+  markCommands(site.project)
+  await endOrphans(site.project)
+  await endLeftovers(site)
+  await note(site, { from: legacy.folder })
+}
+
+/** @throws Problem (usage) when it is not given and was not noted before */
+async function legacyFolder(envFile: string, from: string | undefined): Promise<string> {
+  const folder = from ?? (await notes({ stateDir: resolve(envFile, '../.state') })).from
+  if (folder !== undefined) return folder
+  throw new Problem(
+    exitCodes.usage,
+    'where the legacy set-up is was not said',
+    'Add: --from FOLDER   (of its docker-compose.yml)',
+  )
+}
+
+function sayNext({ site, legacy }: Migration): void {
+  if (report.isDryRun()) return say('Nothing was changed.')
+  say(`Next: ${scriptCommand('migrate', site.envFile, `--from ${legacy.folder}`)}`)
+}
+
+/** Folders of containers are read, files get the owners that the images need. */
+function needRoot(envFile: string): void {
+  if (process.getuid?.() === 0) return
+  throw new Problem(
+    exitCodes.usage,
+    'a migration reads and gives files of other users, which only root can',
+    asRoot(scriptCommand('migrate', envFile)),
+  )
+}
+
+function refuseNonsense(options: Record<string, unknown>): void {
+  const wrong: string[] = []
+  const modes = ['status', 'rollback', 'finalize'].filter((name) => options[name])
+  if (modes.length > 1) wrong.push(`--${modes.join(' and --')} cannot go together`)
+  if (options.until !== undefined && modes.length > 0)
+    wrong.push(`--until does not go with --${modes.join()}`)
+  if (typeof options.until === 'string' && !names.includes(options.until))
+    wrong.push(`--until ${options.until}: the steps are ${names.join(', ')}`)
+  if (wrong.length > 0) throw new Problem(exitCodes.usage, wrong.join('; '), 'See --help.')
+}

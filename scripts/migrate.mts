@@ -1,9 +1,10 @@
 /** Moves a legacy set-up (one Strapi container with the project mounted) to this one: resumable anywhere, and back at any time. */
 import { parseArgs } from 'node:util'
 import { resolve } from 'node:path'
-import { agree } from './lib/agree.mts'
+import { agree, needAnswer } from './lib/agree.mts'
 import { endOrphans, markCommands } from './lib/command.mts'
 import { endLeftovers } from './lib/data/exclusive.mts'
+import { installSoftware, missingSoftware } from './lib/install.mts'
 import { describeRollback, finalize, rollBack, showStatus } from './lib/legacy/back.mts'
 import { checkList } from './lib/legacy/checklist.mts'
 import { note, notes } from './lib/legacy/journal.mts'
@@ -25,6 +26,7 @@ Migrates a legacy set-up (one container strapi with the project mounted, built a
   sudo npx zx scripts/migrate.mts --rollback                back to the legacy set-up
   sudo npx zx scripts/migrate.mts --finalize                remove what is kept of the legacy set-up for the way back
 
+  --install          install missing software from the distribution first (Debian, Ubuntu)
   --until STEP       stop after one of: ${names.join(', ')}; visitors notice from switch on
   --leave SERVICES   legacy services that stay as they are, separated by commas
   --yes              do not ask before visitors notice
@@ -46,6 +48,7 @@ await report.main(async () => {
       status: { type: 'boolean' },
       rollback: { type: 'boolean' },
       finalize: { type: 'boolean' },
+      install: { type: 'boolean' },
       until: { type: 'string' },
       leave: { type: 'string' },
       yes: { type: 'boolean' },
@@ -69,6 +72,7 @@ await report.main(async () => {
   const lock = isReading ? undefined : await takeLock(await projectOf(envFile), 'migrate', waitMs)
   try {
     const from = await legacyFolder(envFile, options.from)
+    if (options.install && !isReading) await installSoftware(await missingSoftware())
     const look = () => see(envFile, from, leave)
     if (options.status) return await showStatus(await look())
     if (options.rollback) return await back(await look(), isAgreed)
@@ -79,9 +83,13 @@ await report.main(async () => {
   }
 })
 
+const impactQuestion = 'Stop the legacy site'
+
 async function migrate(migration: Migration, until: string, isAgreed: boolean): Promise<void> {
   await describe(migration)
   if (until === 'look') return
+  const mayImpact = !report.isDryRun() && !migration.isUnderWay
+  if (mayImpact && !preparation.some(({ name }) => name === until)) needAnswer(impactQuestion, isAgreed)
   await clear(migration)
 
   // No impact yet.
@@ -91,9 +99,9 @@ async function migrate(migration: Migration, until: string, isAgreed: boolean): 
   }
 
   // From here on visitors notice.
-  if (!report.isDryRun() && !migration.isUnderWay) {
+  if (mayImpact) {
     say('From here on visitors notice: the site is off until strapi-master is healthy.')
-    await agree('Stop the legacy site now', isAgreed)
+    await agree(impactQuestion, isAgreed)
   }
   for (const [at, one] of impact.entries()) {
     await take(`${at + 6}/8`, one, migration)

@@ -32,15 +32,13 @@ export interface Running {
   outcome: Promise<Outcome>
 }
 
+export type Script = 'deploy' | 'setup' | 'data' | 'migrate'
+
 export interface TestSite extends OwnSite {
   /** Runs a script to its end. */
-  run(script: 'deploy' | 'setup' | 'data', ...options: string[]): Promise<Outcome>
+  run(script: Script, ...options: string[]): Promise<Outcome>
   /** Starts a script with --json; `onEvent` sees each event as it comes. */
-  begin(
-    script: 'deploy' | 'setup' | 'data',
-    options: string[],
-    onEvent?: (event: Event, child: ChildProcess) => void,
-  ): Running
+  begin(script: Script, options: string[], onEvent?: (event: Event, child: ChildProcess) => void): Running
   observe(): Promise<Observed>
   set(values: Record<string, string>): Promise<void>
   /** What the tiny app of the next build does; {} is well-behaved. */
@@ -104,6 +102,12 @@ async function newSite(
     application,
     settings: { ...inject('baseImages'), ...settings },
   })
+  return testSite(own)
+}
+
+/** A site and what tests do to it. */
+export function testSite(own: OwnSite): TestSite {
+  const { project } = own
   const begin: TestSite['begin'] = (script, options, onEvent) =>
     start(own, script, ['--json', ...options], onEvent)
   return {

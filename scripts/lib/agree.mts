@@ -2,11 +2,16 @@
 import { createInterface } from 'node:readline/promises'
 import { exitCodes, interrupted, Problem } from './report.mts'
 
+/** Before anything is done that leads to a question. @throws Problem (usage) when nobody could answer it */
+export function needAnswer(question: string, isAgreed: boolean): void {
+  if (!isAgreed && (!process.stdin.isTTY || !process.stdout.isTTY))
+    throw new Problem(exitCodes.usage, `${question} needs an answer, and there is no terminal`, 'Add: --yes')
+}
+
 /** @throws Problem (usage) without a terminal, or when the answer is not "yes"; (interrupted) without an answer */
 export async function agree(question: string, isAgreed: boolean): Promise<void> {
+  needAnswer(question, isAgreed)
   if (isAgreed) return
-  if (!process.stdin.isTTY || !process.stdout.isTTY)
-    throw new Problem(exitCodes.usage, `${question} needs an answer, and there is no terminal`, 'Add: --yes')
   const terminal = createInterface({ input: process.stdin, output: process.stdout })
   try {
     const answer = await terminal.question(`${question}? Type "yes": `, { signal: interrupted })

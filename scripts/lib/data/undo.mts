@@ -62,7 +62,8 @@ export async function undoRestore(
       )
   }
   const parts = [last.database && 'database', last.withUploads && 'uploads'].filter(Boolean).join(', ')
-  const what = last.fromSet === undefined ? parts : `set ${last.fromSet}: ${parts}`
+  const made = last.id.replace(/^(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d).*/, 'of $1-$2-$3 $4:$5 UTC')
+  const what = `${made}${last.fromSet === undefined ? '' : `, set ${last.fromSet}`}: ${parts}`
   await change(`take back restore ${last.id} (${what})`, async () => {
     await agree(`Take back restore ${last.id} (${what})`, isAgreed)
     interrupted.throwIfAborted()
@@ -97,12 +98,20 @@ async function lastRestore(site: Site, databases: Databases) {
   if (kept && kept.id > (done?.id ?? ''))
     return { id: kept.id, database: kept.name, withUploads: false, fromSet: databases.live?.fromSet }
   const scope = done && (await plans.scopeOf(site, done.id))
-  if (done === undefined || (scope?.withDatabase && kept?.id !== done.id))
+  if (done === undefined || (scope?.withDatabase && kept?.id !== done.id)) {
+    const undone = databases.kept.findLast(({ kind }) => kind === 'undone')
+    const why =
+      swapped !== undefined
+        ? `: the database before restore ${swapped} is not kept any more`
+        : undone !== undefined
+          ? `: restore ${undone.id} was taken back already`
+          : ''
     throw new Problem(
       exitCodes.usage,
-      `there is no restore to take back${swapped === undefined ? '' : `: the database before restore ${swapped} is not kept any more`}`,
+      `there is no restore to take back${why}`,
       `What a restore replaces is kept for ${site.restoreKeepDays} days. An older state: ${scriptCommand('data', site.envFile, 'list')}`,
     )
+  }
   return {
     id: done.id,
     database: scope?.withDatabase ? kept?.name : undefined,

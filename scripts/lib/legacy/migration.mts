@@ -1,5 +1,4 @@
 /** What is migrated, and how far it has come: told by what is, not by what was noted. */
-import { existsSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { parse } from 'dotenv'
@@ -11,10 +10,11 @@ import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
 import { addToResult, detail, exitCodes, explain, Problem } from '../report.mts'
-import { exampleFile, withEnvironment, type Site } from '../settings.mts'
+import { exampleFile, scriptCommand, withEnvironment, type Site } from '../settings.mts'
 import { getUrl } from '../http.mts'
 import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy } from './look.mts'
 import { legacyNginx, type LegacyNginx } from './nginx.mts'
+import { notes } from './journal.mts'
 import { planSettings, type Settings } from './settings.mts'
 import { uploadProblems } from './uploads.mts'
 
@@ -34,7 +34,15 @@ export interface Migration {
 export async function see(envFile: string, from: string, leave: string[]): Promise<Migration> {
   const folder = resolve(from)
   const legacy = await look(folder, leave)
-  if (Array.isArray(legacy)) throw refusal(folder, legacy)
+  if (Array.isArray(legacy)) {
+    const { isFinal, at = '' } = await notes({ stateDir: resolve(envFile, '../.state') })
+    if (!isFinal) throw refusal(folder, legacy)
+    throw new Problem(
+      exitCodes.usage,
+      `the migration was ended for good on ${at.slice(0, 10)}: of the legacy set-up no containers are left`,
+      `A state of the site from then: ${scriptCommand('data', envFile, 'list')}`,
+    )
+  }
   const isUnderWay = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
   const values = withEnvironment({
     ...parse((await readText(exampleFile)) ?? ''),
@@ -156,9 +164,4 @@ async function existing(folder: string): Promise<string> {
 function refusal(folder: string, problems: Finding[]): Problem {
   const list = problems.map(({ problem, fix }) => `\n  - ${problem}\n    -> ${fix}`).join('')
   return new Problem(exitCodes.usage, `${folder} is not migrated; nothing was changed:${list}`)
-}
-
-/** The application may come along, or be there already. */
-export function hasApplication(site: Site): boolean {
-  return existsSync(resolve(site.source, 'package.json'))
 }

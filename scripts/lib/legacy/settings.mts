@@ -54,6 +54,8 @@ export async function planSettings(envFile: string, legacy: Legacy, nginx: Legac
     POSTGRES_PASSWORD: legacy.database.password,
     POSTGRES_DB: legacy.database.name,
     REDIS_PASSWORD: legacy.redis.password,
+    // The application has them, too.
+    ...Object.fromEntries(Object.entries(legacy.settings).filter(([key]) => /^LIVEKIT_API_/.test(key))),
   }
   if (!set.POSTGRES_VOLUME) values.POSTGRES_VOLUME = legacy.database.folder
   // The new containers must not be found by the names of the legacy ones, nor the other way round.

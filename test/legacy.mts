@@ -1,0 +1,185 @@
+/** A legacy site for the tests: running, filled, with a helper for what visitors and operators see of it. */
+import { createHash, randomBytes } from 'node:crypto'
+import { createReadStream } from 'node:fs'
+import { mkdtemp, readdir, stat, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { inject } from 'vitest'
+import {
+  legacyCompose,
+  removeLegacySite,
+  startNginx,
+  writeLegacySite,
+  type LegacySite,
+} from '../example/legacy.mts'
+import { run } from '../scripts/lib/command.mts'
+import * as engine from '../scripts/lib/engine.mts'
+import { getUrl } from '../scripts/lib/http.mts'
+import { projectRoot } from '../scripts/lib/settings.mts'
+import { testSite, type Outcome, type TestSite } from './harness.mts'
+
+export interface LegacyTest extends LegacySite {
+  /** The new set-up. */
+  site: TestSite
+  migrate(...options: string[]): Promise<Outcome>
+  /** In the legacy database or, with `isNew`, in the new one. */
+  sql(text: string, isNew?: boolean): Promise<string>
+  remove(): Promise<void>
+}
+
+/** With the tiny app in Strapi's place. Its tables are those that a migration looks at. */
+export async function tinyLegacy(port: number, settings: Record<string, string> = {}): Promise<LegacyTest> {
+  const legacy = await newLegacy(port, join(projectRoot, 'test/tiny'), {
+    STRAPI_DOCKERFILE: join(projectRoot, 'test/tiny/Dockerfile'),
+    HEALTH_INTERVAL: '0.2',
+    HEALTH_TIMEOUT: '15',
+    ...settings,
+  })
+  const scripts = { build: 'true', start: 'node server.mjs' }
+  await writeFile(
+    join(legacy.source, 'package.json'),
+    JSON.stringify({ name: 'tiny', version: '1.0.0', private: true, scripts }),
+  )
+  try {
+    await start(legacy)
+    await legacy.sql(`CREATE TABLE things (id serial PRIMARY KEY, name text);
+      INSERT INTO things (name) SELECT 'thing ' || n FROM generate_series(1, 500) AS n;
+      CREATE TABLE strapi_api_tokens (id serial PRIMARY KEY, name text, description text, type text, access_key text,
+        expires_at timestamp, created_at timestamp, updated_at timestamp);
+      CREATE TABLE files (id serial PRIMARY KEY, url text, provider text, formats jsonb)`)
+    await fillUploads(legacy, oddNames(20))
+  } catch (error) {
+    await legacy.remove()
+    throw error
+  }
+  return legacy
+}
+
+export async function newLegacy(
+  port: number,
+  application: string,
+  settings: Record<string, string>,
+): Promise<LegacyTest> {
+  const project = `bob-test-${port}-${randomBytes(2).toString('hex')}`
+  const folder = await mkdtemp(join(tmpdir(), `${project}-`))
+  const legacy = await writeLegacySite({
+    folder,
+    project,
+    port,
+    application,
+    settings: { ...inject('baseImages'), ...settings },
+  })
+  const site = testSite(legacy.own)
+  return {
+    ...legacy,
+    site,
+    migrate: (...options) => site.run('migrate', '--from', legacy.folder, ...options),
+    async sql(text, isNew = false) {
+      const [made] = isNew ? await engine.serviceContainers(legacy.own.project, 'postgresql') : []
+      const psql = [
+        'psql',
+        '--no-psqlrc',
+        '--quiet',
+        '--tuples-only',
+        '--no-align',
+        '--username=BoB',
+        '--dbname=BoB',
+      ]
+      const container = isNew ? (made?.Id ?? '') : legacy.postgresql
+      return (await run(['docker', 'exec', '--user=postgres', container, ...psql, '--command', text])).trim()
+    },
+    remove: () => removeLegacySite(legacy),
+  }
+}
+
+export async function start(legacy: LegacySite): Promise<void> {
+  await legacyCompose(legacy, 'up', '--detach', '--build')
+  await startNginx(legacy)
+  await untilAnswered(legacy, 600_000)
+}
+
+/** Through nginx, as a visitor. */
+export async function untilAnswered({ own }: LegacySite, patienceMs: number): Promise<void> {
+  const deadline = Date.now() + patienceMs
+  while (!(await isAnswered(own.url))) {
+    if (Date.now() > deadline) throw new Error(`${own.url} does not answer`)
+    await sleep(200)
+  }
+}
+
+export async function isAnswered(url: string): Promise<boolean> {
+  return await getUrl(`${url}/_health`, { headers: { host: 'bob.strapi-pro.com' } }).then(
+    ({ status }) => status === 204,
+    () => false,
+  )
+}
+
+export function oddNames(count: number): string[] {
+  const odd = [
+    'with spaces.jpg',
+    'accents éàü.png',
+    `${'x'.repeat(196)}.jpg`,
+    'empty.bin',
+    "quote's & more.pdf",
+    '日本.jpg',
+  ]
+  return [...odd, ...Array.from({ length: count - odd.length }, (_, at) => `picture_${at}.jpg`)]
+}
+
+export async function writeUploads(legacy: LegacyTest, names: string[], bytes: number): Promise<void> {
+  for (const name of names)
+    await writeFile(join(legacy.uploads, name), name === 'empty.bin' ? '' : randomBytes(bytes))
+}
+
+/** Files of the legacy site, each with a row that refers to it. */
+async function fillUploads(legacy: LegacyTest, names: string[]): Promise<void> {
+  await writeUploads(legacy, names, 20_000)
+  const rows = names.map((name) => `('/uploads/${name.replaceAll("'", "''")}', 'local')`)
+  await legacy.sql(`INSERT INTO files (url, provider) VALUES ${rows.join(', ')}`)
+}
+
+/** SHA-256 of all files below a folder, by name. */
+export async function sumsOf(folder: string): Promise<Record<string, string>> {
+  const names = (await readdir(folder, { recursive: true, withFileTypes: true }))
+    .filter((entry) => entry.isFile())
+    .map((entry) => join(entry.parentPath, entry.name))
+    .filter((path) => !path.includes('.strapi-blue-green'))
+    .toSorted()
+  const sums: Record<string, string> = {}
+  for (const path of names) {
+    const hash = createHash('sha256')
+    for await (const part of createReadStream(path)) hash.update(part as Buffer)
+    sums[path.slice(folder.length + 1)] = `${hash.digest('hex')} ${Math.round((await stat(path)).mtimeMs)}`
+  }
+  return sums
+}
+
+/** Everything of both set-ups that a run could have changed. */
+export async function worldOf({ own, project }: LegacySite): Promise<unknown> {
+  const list = async (...rest: string[]) => (await run(['docker', ...rest])).split('\n').toSorted()
+  const containers = (await engine.composeContainers()).filter((one) =>
+    [project, own.project].includes(one.Config.Labels['com.docker.compose.project'] ?? ''),
+  )
+  // PostgreSQL and Redis write as they like; nginx logs.
+  const files = Object.entries(await sumsOf(own.folder)).filter(
+    ([name]) => !/\/data\/postgresql\/|nginx\/.*\.log|\.pings/.test(name),
+  )
+  return {
+    files,
+    containers: containers.map((one) => [
+      one.Id,
+      one.Name,
+      one.State.Status,
+      one.State.StartedAt,
+      one.HostConfig.RestartPolicy.Name,
+    ]),
+    volumes: (await list('volume', 'ls', '--quiet')).filter((name) => name.startsWith(own.project)),
+    images: (await list('image', 'ls', '--format', '{{.Repository}}:{{.Tag}}')).filter((name) =>
+      name.startsWith(own.project),
+    ),
+    networks: (await list('network', 'ls', '--format', '{{.Name}}')).filter((name) =>
+      name.startsWith(own.project),
+    ),
+  }
+}

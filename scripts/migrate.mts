@@ -5,16 +5,18 @@ import { agree, needAnswer } from './lib/agree.mts'
 import { endOrphans, markCommands } from './lib/command.mts'
 import { endLeftovers } from './lib/data/exclusive.mts'
 import { installSoftware, missingSoftware } from './lib/install.mts'
-import { describeRollback, finalize, rollBack, showStatus } from './lib/legacy/back.mts'
+import { describeRollback, finalize, refuseNewSchema, rollBack, showStatus } from './lib/legacy/back.mts'
 import { checkList } from './lib/legacy/checklist.mts'
 import { note, notes } from './lib/legacy/journal.mts'
-import { describe, see, type Migration } from './lib/legacy/migration.mts'
+import { describe, needFit, see, type Migration } from './lib/legacy/migration.mts'
 import { impact, preparation, type Step } from './lib/legacy/steps.mts'
+import { settle } from './lib/legacy/switch.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, step } from './lib/report.mts'
 import { asRoot, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
 
+const impactQuestion = 'Stop the legacy site'
 const names = ['look', ...preparation.map(({ name }) => name), ...impact.map(({ name }) => name), 'check']
 
 const usage = `
@@ -30,6 +32,7 @@ Migrates a legacy set-up (one container strapi with the project mounted, built a
   --until STEP       stop after one of: ${names.join(', ')}; visitors notice from switch on
   --leave SERVICES   legacy services that stay as they are, separated by commas
   --yes              do not ask before visitors notice
+  --accept-schema-change   with --rollback: although the legacy Strapi would drop what has come to the database schema since
   --dry-run          say what would be done, change nothing
   --env-file FILE    settings of the new set-up (default docker/.env)
   --wait DURATION    wait for another run to end, for example 30m
@@ -52,6 +55,7 @@ await report.main(async () => {
       until: { type: 'string' },
       leave: { type: 'string' },
       yes: { type: 'boolean' },
+      'accept-schema-change': { type: 'boolean' },
       'dry-run': { type: 'boolean' },
       'env-file': { type: 'string' },
       wait: { type: 'string' },
@@ -65,17 +69,19 @@ await report.main(async () => {
   const envFile = resolve(options['env-file'] ?? resolve(projectRoot, 'docker/.env'))
   needRoot(envFile)
   const waitMs = parseDuration(options.wait ?? '0')
-  const leave = (options.leave ?? '').split(',').filter((name) => name !== '')
   const isAgreed = options.yes ?? false
 
   const isReading = report.isDryRun() || options.status
   const lock = isReading ? undefined : await takeLock(await projectOf(envFile), 'migrate', waitMs)
   try {
-    const from = await legacyFolder(envFile, options.from)
+    const noted = await notes({ stateDir: resolve(envFile, '../.state') })
+    const from = options.from ?? noted.from
+    if (from === undefined) throw unsaid()
+    const leave = options.leave?.split(',') ?? noted.leave ?? []
     if (options.install && !isReading) await installSoftware(await missingSoftware())
     const look = () => see(envFile, from, leave)
     if (options.status) return await showStatus(await look())
-    if (options.rollback) return await back(await look(), isAgreed)
+    if (options.rollback) return await back(await look(), isAgreed, options['accept-schema-change'] ?? false)
     if (options.finalize) return await forGood(await look(), isAgreed)
     await migrate(await step('1/8', 'Look at the legacy set-up', look), options.until ?? 'check', isAgreed)
   } finally {
@@ -83,18 +89,18 @@ await report.main(async () => {
   }
 })
 
-const impactQuestion = 'Stop the legacy site'
-
 async function migrate(migration: Migration, until: string, isAgreed: boolean): Promise<void> {
   await describe(migration)
+  if (migration.stage === 'legacy') await needFit(migration)
   if (until === 'look') return
-  const mayImpact = !report.isDryRun() && !migration.isUnderWay
+  const mayImpact = !report.isDryRun() && migration.stage === 'legacy'
   if (mayImpact && !preparation.some(({ name }) => name === until)) needAnswer(impactQuestion, isAgreed)
   await clear(migration)
 
   // No impact yet.
+  const isPrepared = migration.stage !== 'legacy'
   for (const [at, one] of preparation.entries()) {
-    await take(`${at + 2}/8`, one, migration)
+    await take(`${at + 2}/8`, one, migration, isPrepared)
     if (until === one.name) return sayNext(migration)
   }
 
@@ -108,6 +114,7 @@ async function migrate(migration: Migration, until: string, isAgreed: boolean): 
     if (until === one.name) return sayNext(migration)
   }
   if (report.isDryRun()) return say('Nothing was changed.')
+  await settle(migration).catch((error: unknown) => report.warn(report.explain(error)))
   await step('8/8', 'Check list', () => checkList(migration.site))
   const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
   say(
@@ -115,18 +122,23 @@ async function migrate(migration: Migration, until: string, isAgreed: boolean): 
   )
 }
 
-/** What is done already is not done again; what was done is looked at. */
-async function take(number: string, { title, plan, isDone, act }: Step, migration: Migration): Promise<void> {
+/** What is done already is not done again; how it ended is seen by looking, too. */
+async function take(
+  number: string,
+  { title, plan, isDone, act }: Step,
+  migration: Migration,
+  isBehind = false,
+): Promise<void> {
   await step(number, title, async () => {
-    const isBehind = migration.isUnderWay && preparation.some((one) => one.title === title)
-    if (isBehind || (await isDone(migration))) return detail('done already')
+    if (isBehind || (await isDone?.(migration))) return detail('done already')
     if (report.isDryRun()) return detail(`would ${await plan(migration)}`)
     await act(migration)
   })
 }
 
-async function back(migration: Migration, isAgreed: boolean): Promise<void> {
+async function back(migration: Migration, isAgreed: boolean, acceptsSchema: boolean): Promise<void> {
   await describeRollback(migration)
+  await refuseNewSchema(migration, acceptsSchema)
   if (report.isDryRun()) return say('Nothing was changed.')
   await agree('Go back to the legacy set-up', isAgreed)
   await clear(migration)
@@ -140,19 +152,16 @@ async function forGood(migration: Migration, isAgreed: boolean): Promise<void> {
 }
 
 /** Ends what a killed run left running. */
-async function clear({ site, legacy }: Migration): Promise<void> {
+async function clear({ site, legacy, leave }: Migration): Promise<void> {
   if (report.isDryRun()) return
   markCommands(site.project)
   await endOrphans(site.project)
   await endLeftovers(site)
-  await note(site, { from: legacy.folder })
+  await note(site, { from: legacy.folder, leave })
 }
 
-/** @throws Problem (usage) when it is not given and was not noted before */
-async function legacyFolder(envFile: string, from: string | undefined): Promise<string> {
-  const folder = from ?? (await notes({ stateDir: resolve(envFile, '../.state') })).from
-  if (folder !== undefined) return folder
-  throw new Problem(
+function unsaid(): Problem {
+  return new Problem(
     exitCodes.usage,
     'where the legacy set-up is was not said',
     'Add: --from FOLDER   (of its docker-compose.yml)',

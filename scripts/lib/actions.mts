@@ -7,6 +7,7 @@ import { makeBackup } from './data/backup.mts'
 import { rememberVerified } from './data/verified.mts'
 import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
+import { strangerOnData } from './folders.mts'
 import { makeStateDir } from './history.mts'
 import type { Proof } from './proof.mts'
 import {
@@ -20,7 +21,7 @@ import {
   Problem,
   warn,
 } from './report.mts'
-import type { Site, SlotName } from './settings.mts'
+import { scriptCommand, type Site, type SlotName } from './settings.mts'
 import { describeRepair, type Repair } from './state.mts'
 import * as traffic from './traffic.mts'
 
@@ -178,6 +179,13 @@ export async function pin(site: Site, release: string): Promise<void> {
 export async function startServices(site: Site): Promise<void> {
   const optional = (site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit') ? ['livekit'] : []
   await change('start PostgreSQL and Redis', async () => {
+    const stranger = await strangerOnData(site)
+    if (stranger !== undefined)
+      throw new Problem(
+        exitCodes.usage,
+        `${stranger} works in ${site.folders.postgres}: a second PostgreSQL there would destroy the data; nothing was started`,
+        `If it is the legacy set-up: ${scriptCommand('migrate', site.envFile, '--status')}`,
+      )
     const services = ['postgresql', 'redis', ...optional]
     await alive(
       () => `starting ${services.join(', ')}`,

@@ -29,6 +29,7 @@ export interface Container {
 export interface Image {
   Id: string
   Created: string
+  Config: { Env: string[] | null }
 }
 
 const socketPath = (process.env.DOCKER_HOST ?? 'unix:///var/run/docker.sock').replace(/^unix:\/\//, '')
@@ -78,6 +79,17 @@ async function labelled(label: string[]): Promise<Container[]> {
   const found = (await get<{ Id: string }[]>(`/containers/json?all=true&filters=${filter({ label })}`)) ?? []
   const containers = await Promise.all(found.map((one) => container(one.Id)))
   return containers.filter((one) => one !== undefined)
+}
+
+/** Folders of this host that running containers see, each with the name of the container. */
+export async function mountsInUse(): Promise<{ container: string; id: string; folder: string }[]> {
+  type Row = { Id: string; Names: string[]; Mounts: { Source?: string }[] }
+  const rows = (await get<Row[]>('/containers/json')) ?? []
+  return rows.flatMap(({ Id, Names, Mounts }) =>
+    Mounts.flatMap(({ Source }) =>
+      Source ? [{ container: Names[0]?.slice(1) ?? '', id: Id, folder: Source }] : [],
+    ),
+  )
 }
 
 /** Names of the containers that publish a port of this host. */

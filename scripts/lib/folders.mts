@@ -1,6 +1,8 @@
 /** Makes the folders of a site with the owners that the images and nginx need. Folders that are there stay as they are. */
+import { statSync } from 'node:fs'
 import { chown, mkdir, stat } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
+import * as engine from './engine.mts'
 import { change, detail, explain, warn } from './report.mts'
 import type { Site } from './settings.mts'
 import { invokingUser } from './users.mts'
@@ -31,4 +33,19 @@ export async function makeFolders(site: Site): Promise<void> {
       }
     })
   }
+}
+
+/** Whether two paths are one folder, by whatever links; one that is not there yet is told by its name. */
+export function isSameFolder(one: string, other: string): boolean {
+  const [first, second] = [one, other].map((path) => statSync(path, { throwIfNoEntry: false }))
+  if (first && second) return first.dev === second.dev && first.ino === second.ino
+  return resolve(one) === resolve(other)
+}
+
+/** Name of a running container of somebody else that sees the data of PostgreSQL: two servers on it would destroy it. */
+export async function strangerOnData(site: Site): Promise<string | undefined> {
+  const own = (await engine.serviceContainers(site.project, 'postgresql')).map(({ Id }) => Id)
+  const mounts = await engine.mountsInUse()
+  return mounts.find(({ id, folder }) => !own.includes(id) && isSameFolder(folder, site.folders.postgres))
+    ?.container
 }

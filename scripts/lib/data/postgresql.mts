@@ -81,7 +81,7 @@ export const restoreFile = (containerId: string, { database, file, jobs, owner }
   '--user=root',
   '--env=PGUSER=postgres',
   `--env=PGAPPNAME=${restoreSession}`,
-  `--env=PGOPTIONS=${unbound} -c synchronous_commit=off -c maintenance_work_mem=256MB`,
+  `--env=PGOPTIONS=${unbound} -c synchronous_commit=off -c wal_compression=off -c maintenance_work_mem=256MB`,
   containerId,
   'pg_restore',
   '--exit-on-error',

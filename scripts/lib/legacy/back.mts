@@ -1,37 +1,43 @@
 /** The ways out: back to the legacy set-up, or for good without it. */
 import { existsSync } from 'node:fs'
-import { run } from '../command.mts'
+import { join, relative, resolve } from 'node:path'
+import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { makeBackup, startingPostgresql } from '../data/backup.mts'
 import { parts } from '../data/manifest.mts'
 import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { rememberVerified } from '../data/verified.mts'
-import { addToResult, detail, exitCodes, Problem, say, step } from '../report.mts'
-import { scriptCommand } from '../settings.mts'
+import { addToResult, detail, exitCodes, explain, Problem, say, step, warn } from '../report.mts'
+import { readSchema } from '../schema.mts'
+import { projectRoot, scriptCommand, type Site } from '../settings.mts'
 import { runningServices } from './containers.mts'
 import { note, notes } from './journal.mts'
-import { inStartOrder, nameOf, type Legacy } from './look.mts'
-import type { Migration } from './migration.mts'
-import { endCopy, differingUploads } from './uploads.mts'
-import { copyUploadsBack, goBack, isSwitched, sharesData, wasStarted } from './switch.mts'
+import { inStartOrder, nameOf } from './look.mts'
+import { wasStarted, type Migration } from './migration.mts'
+import { goBack, isSwitched, removeNew, sharesData } from './switch.mts'
+import { differingUploads, endCopy } from './uploads.mts'
 
 /** What was made since the switch, and what becomes of it; said before anything happens. */
 export async function describeRollback(migration: Migration): Promise<void> {
-  const { site, legacy } = migration
-  if (!migration.isUnderWay) return detail('the switch has not begun: the legacy set-up serves as before')
-  const { rows = {} } = await notes(site)
+  const { site, legacy, stage } = migration
+  if (stage === 'legacy')
+    return detail('the legacy set-up is in service; what was prepared beside it is removed')
+  const { rows } = await notes(site)
   const postgresql = await startingPostgresql(site)
-  const more = postgresql === undefined ? [] : await newRows(postgresql, site.database.name, rows)
+  const more =
+    postgresql === undefined ? undefined : await newRows(postgresql, site.database.name, rows ?? {})
   const uploads = existsSync(site.folders.uploads)
     ? await differingUploads(legacy.uploads, site.folders.uploads)
     : []
-  const fate = sharesData(migration)
-    ? 'both set-ups use the same database and it stays as it is; uploads are copied back'
+  const fate = (await sharesData(migration))
+    ? 'both set-ups use the same database, so rows stay and uploads are copied back'
     : 'they are left behind, in a backup set'
-  detail(
-    `since the switch: ${more.join(', ') || 'no table has more rows'}; ${uploads.length} uploads are new or differ; ${fate}`,
-  )
+  const rowsSaid =
+    more === undefined
+      ? 'rows are not known, PostgreSQL does not run'
+      : more.join(', ') || 'no table has more rows'
+  detail(`since the switch: ${rowsSaid}; ${uploads.length} uploads are new or differ; ${fate}`)
   detail('what Redis (Bull’s queue) got since then is left behind')
   addToResult({ newRows: more, newUploads: uploads.length })
 }
@@ -49,79 +55,128 @@ async function newRows(
     .map(([table, more]) => `${more} rows more in ${table}`)
 }
 
+/** The legacy Strapi, booted on a newer schema, drops what it does not know. @throws Problem (usage) */
+export async function refuseNewSchema(migration: Migration, isAccepted: boolean): Promise<void> {
+  const { site, stage } = migration
+  if (stage === 'legacy' || isAccepted || !(await sharesData(migration))) return
+  const { schemaHash } = await notes(site)
+  const now = await readSchema(site)
+  if (schemaHash === undefined || now === undefined || now.hash === schemaHash) return
+  throw new Problem(
+    exitCodes.usage,
+    'the database schema has changed since the switch: the legacy Strapi would drop what it does not know, with all data in it',
+    `If that is wanted: ${scriptCommand('migrate', site.envFile, '--rollback --accept-schema-change')}`,
+  )
+}
+
 /** @throws Problem (degraded) when the legacy set-up does not serve */
 export async function rollBack(migration: Migration): Promise<void> {
-  const { site, legacy } = migration
-  if ((await wasStarted(site)) && (await startingPostgresql(site)) !== undefined)
-    await step('1/3', 'Back the new site up', async () => {
-      const { name } = await makeBackup(site, [...parts])
-      await rememberVerified(site, { set: name, deep: false, wrong: [] })
-      detail(`${setFolder(site, name)}, read back and right`)
-      addToResult({ backup: name })
+  const { site, legacy, stage } = migration
+  const isShared = await sharesData(migration)
+  if (stage === 'served') await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
+  await step('2/2', 'Stop the new set-up, start the legacy one', async () => {
+    const isUntouched =
+      stage === 'legacy' && (await runningServices(legacy)).length === inStartOrder(legacy).length
+    if (isUntouched) return await removeNew(site)
+    await goBack(migration).catch((error: unknown) => {
+      throw new Problem(
+        exitCodes.degraded,
+        `the legacy set-up is not wholly back: ${explain(error)}`,
+        `Mend that, then the same command again: ${scriptCommand('migrate', site.envFile, '--rollback')}`,
+      )
     })
-  if (await wasStarted(site))
-    await step('2/3', 'Copy new uploads back, where rows refer to them', () => copyUploadsBack(migration))
-  await step('3/3', 'Stop the new set-up, start the legacy one', () => goBack(migration))
-  await note(site, { backup: '', areRowsSame: false })
+  })
+  await note(site, { backup: '', areRowsSame: false, restoredSet: '' })
   say(
     `Done: the legacy set-up serves. What was prepared stays: ${site.envFile}, ${site.folders.uploads}, images, sets.\nAgain: ${scriptCommand('migrate', site.envFile, `--from ${legacy.folder}`)}`,
   )
 }
 
-/** Removes the legacy containers, and volumes and networks that nobody else uses; folders of the host stay. */
+/** Where the database is left behind, visitors must not write to it any more: what they wrote would be nowhere. */
+async function backUpNew(site: Site, isShared: boolean): Promise<void> {
+  const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
+  if (postgresql) await ask(['docker', 'start', postgresql.Id])
+  if (!isShared)
+    for (const { container } of Object.values(site.slots)) await ask(['docker', 'stop', container])
+  try {
+    const { name } = await makeBackup(site, [...parts])
+    await rememberVerified(site, { set: name, deep: false, wrong: [] })
+    detail(`${setFolder(site, name)}, read back and right`)
+    addToResult({ backup: name })
+  } catch (error) {
+    // Nothing is left behind.
+    if (isShared) return warn(`not backed up: ${explain(error)}`)
+    for (const { container } of Object.values(site.slots)) await ask(['docker', 'start', container])
+    throw new Problem(
+      exitCodes.failed,
+      'the new site could not be backed up, and what it has would be left behind; it serves as before',
+      'Mend what the cause says, then run it again.',
+      error,
+    )
+  }
+}
+
+/** Removes the legacy containers; folders and volumes stay, and are named. */
 export async function finalize(migration: Migration): Promise<void> {
   const { site, legacy } = migration
   if (!(await isSwitched(migration)))
     throw new Problem(
       exitCodes.usage,
       'the new set-up does not serve alone, so the legacy one stays; nothing was changed',
-      `See: ${scriptCommand('migrate', site.envFile, `--status --from ${legacy.folder}`)}`,
+      `See: ${scriptCommand('migrate', site.envFile, '--status')}`,
     )
   const containers = inStartOrder(legacy).map(({ container }) => container)
-  for (const { Id } of containers) await run(['docker', 'rm', Id])
-  await endCopy(site.folders.uploads)
   await note(site, { isFinal: true })
-  const volume = legacy.services.redis.container.Mounts.find(
-    ({ Destination }) => Destination === '/data',
-  )?.Name
-  const kept = [legacy.source, legacy.folder, ...(sharesData(migration) ? [] : [legacy.database.folder])]
+  await run(['docker', 'rm', ...containers.map(({ Id }) => Id)])
+  await endCopy(site.folders.uploads)
   say(
     `Done: removed ${containers.map((container) => nameOf({ container })).join(', ')}. There is no way back by --rollback any more.`,
   )
-  say(
-    `By hand, when nobody needs it: ${[...(volume === undefined ? [] : [`docker volume rm ${volume}`]), ...kept.map((path) => `rm -r ${path}`)].join('; ')}`,
-  )
+  const volume = legacy.services.redis.container.Mounts.find(
+    ({ Destination }) => Destination === '/data',
+  )?.Name
+  const rest = [
+    ...(volume === undefined ? [] : [`docker volume rm ${volume}`]),
+    ...[legacy.source, legacy.folder].filter((path) => !holdsLive(site, path)).map((path) => `rm -r ${path}`),
+  ]
+  say(`By hand, when nobody needs it any more: ${rest.join('; ')}`)
+}
+
+/** Whether something that is in use lies below a folder. */
+function holdsLive(site: Site, folder: string): boolean {
+  const { values, folders, nginx } = site
+  const files = [values.FIREBASE_CREDENTIALS, values.APNS_KEY, nginx.tls?.certificate, nginx.tls?.key]
+  const used = [
+    ...Object.values(folders),
+    site.source,
+    site.envFile,
+    ...files.filter((path) => path !== undefined),
+  ]
+  return used.some((path) => !relative(folder, resolve(join(projectRoot, 'docker'), path)).startsWith('..'))
 }
 
 export async function showStatus(migration: Migration): Promise<void> {
-  const { site, legacy, isUnderWay } = migration
-  const isThrough = isUnderWay && (await isSwitched(migration))
-  const state = isThrough ? 'switched' : isUnderWay ? 'between' : 'legacy'
+  const { site, legacy, stage } = migration
+  const running = await runningServices(legacy)
+  const state = stage === 'served' && !(await isSwitched(migration)) ? 'down' : stage
   const words = {
-    switched: 'the new set-up serves; the legacy one is out of service and kept',
-    between: 'the switch has begun and is not through',
     legacy: 'the legacy set-up serves; nothing was switched',
+    switching: 'the switch has begun and is not through: visitors are not served',
+    served: 'the new set-up serves; the legacy one is out of service and kept',
+    down: 'the new set-up has served, and does not now (it may be booting), or a way back was begun',
   }
-  const { backup, outageMs, isFinal } = await notes(site)
+  const { backup, outageMs } = await notes(site)
   addToResult({ state, backup, outageMs })
   say(words[state])
-  const running = await runningServices(legacy)
-  say(`legacy         ${describeContainers(legacy, running.length)}`)
-  const made = await engine.container(site.slots['strapi-master'].container)
-  say(`new            strapi-master ${made?.State.Status ?? 'not there'}, release ${site.release}`)
-  say(`backup before  ${backup ?? 'none'}`)
-  if (outageMs !== undefined) say(`outage         ${(outageMs / 1000).toFixed(1)} s`)
-  if (isFinal) return
-  const option = (word: string) =>
-    scriptCommand('migrate', site.envFile, `${word} --from ${legacy.folder}`.trim())
   say(
-    isThrough
-      ? `Back: ${option('--rollback')}\nFor good: ${option('--finalize')}`
-      : `Go on: ${option('')}\nBack: ${option('--rollback')}`,
+    `legacy         ${running.length} of ${inStartOrder(legacy).length} run: ${inStartOrder(legacy).map(nameOf).join(', ')}`,
   )
-}
-
-function describeContainers(legacy: Legacy, running: number): string {
-  const all = inStartOrder(legacy)
-  return `${running} of ${all.length} run: ${all.map(nameOf).join(', ')}`
+  const master = await engine.container(site.slots['strapi-master'].container)
+  say(`new            strapi-master ${master?.State.Status ?? 'not there'}, release ${site.release}`)
+  say(`backup before  ${backup || 'none'}`)
+  if (outageMs !== undefined) say(`outage         ${(outageMs / 1000).toFixed(1)} s`)
+  const option = (word: string) => scriptCommand('migrate', site.envFile, word)
+  if (state !== 'served') say(`Go on: ${option(`--from ${legacy.folder}`)}`)
+  if (state !== 'legacy' || (await wasStarted(site))) say(`Back: ${option('--rollback')}`)
+  if (state === 'served') say(`For good: ${option('--finalize')}`)
 }

@@ -5,6 +5,8 @@ import { join } from 'node:path'
 import { run } from '../command.mts'
 import { logs, query } from '../compose.mts'
 import { reachDatabase } from '../data/backup.mts'
+import { readManifest } from '../data/manifest.mts'
+import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { readEnv } from '../envfile.mts'
 import { headUrl, getUrl, type Question } from '../http.mts'
@@ -18,6 +20,8 @@ interface Line {
   /** @throws Error with the reason why it is not ticked; @returns what was seen, if that says more than the title */
   check: (site: Site) => Promise<string | undefined>
   fix: (site: Site) => string
+  /** Not ticked, it is only said: it may be right all the same. */
+  isSoft?: boolean
 }
 
 /** How many files are asked for at once. */
@@ -64,6 +68,7 @@ const lines: Line[] = [
   {
     title: 'crons run ([CRON] in the log)',
     check: cronsRun,
+    isSoft: true,
     fix: (site) =>
       `Look again after the next one is due: ${composeCommand(site, 'logs strapi-master | grep CRON')}`,
   },
@@ -82,14 +87,14 @@ const lines: Line[] = [
 export async function checkList(site: Site): Promise<void> {
   const open: string[] = []
   const ticks: Record<string, boolean> = {}
-  for (const { title, check, fix } of lines) {
+  for (const { title, check, fix, isSoft } of lines) {
     try {
       const seen = await check(site)
       detail(`[x] ${title}${seen === undefined ? '' : `: ${seen}`}`)
       ticks[title] = true
     } catch (error) {
-      warn(`[ ] ${title}: ${explain(error)}`)
-      open.push(`\n  - ${title}\n    -> ${fix(site)}`)
+      warn(`[ ] ${title}: ${explain(error)}${isSoft ? `\n-> ${fix(site)}` : ''}`)
+      if (!isSoft) open.push(`\n  - ${title}\n    -> ${fix(site)}`)
       ticks[title] = false
     }
   }
@@ -117,7 +122,11 @@ async function uploadsAnswer(site: Site): Promise<string> {
   const snapshot = await openSnapshot(await reachDatabase(site), site.database.name)
   await snapshot.close()
   const wrong: string[] = []
-  const names = [...snapshot.uploads]
+  const { backup = '' } = await notes(site)
+  const before = await readManifest(setFolder(site, backup)).catch(() => undefined)
+  const wasMissing = new Set(before?.uploads?.missing)
+  const names = snapshot.uploads.filter((name) => !wasMissing.has(name))
+  const count = names.length
   const work = async () => {
     for (let name = names.pop(); name !== undefined; name = names.pop()) {
       const reason = await wrongUpload(site, name)
@@ -128,9 +137,8 @@ async function uploadsAnswer(site: Site): Promise<string> {
     () => `${names.length} files left`,
     () => Promise.all(Array.from({ length: concurrency }, work)),
   )
-  if (wrong.length > 0)
-    throw new Error(`${wrong.length} of ${snapshot.uploads.length}: ${wrong.slice(0, 10).join('; ')}`)
-  return `${snapshot.uploads.length} answer 200 with the right length`
+  if (wrong.length > 0) throw new Error(`${wrong.length} of ${count}: ${wrong.slice(0, 10).join('; ')}`)
+  return `${count} answer 200 with the right length${wasMissing.size > 0 ? `; ${wasMissing.size} were missing before` : ''}`
 }
 
 async function wrongUpload(site: Site, name: string): Promise<string | undefined> {

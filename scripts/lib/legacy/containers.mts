@@ -2,12 +2,12 @@
 import { existsSync } from 'node:fs'
 import { rename } from 'node:fs/promises'
 import { dirname } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { syncFolder } from '../envfile.mts'
-import { alive, exitCodes, Problem } from '../report.mts'
 import { getUrl } from '../http.mts'
-import { setTimeout as sleep } from 'node:timers/promises'
+import { alive } from '../report.mts'
 import {
   inStartOrder,
   isRunning,
@@ -18,15 +18,14 @@ import {
   type Service,
 } from './look.mts'
 
-/** As they are now; `legacy` tells only what they are. */
+/** Those that run now. */
 export async function runningServices(legacy: Legacy): Promise<Service[]> {
-  const now = await Promise.all(
-    inStartOrder(legacy).map(async (service) => {
-      const container = await engine.container(service.container.Id)
-      return container ? { ...service, container } : undefined
-    }),
-  )
-  return now.filter((service) => service !== undefined && isRunning(service)) as Service[]
+  const now = await Promise.all(inStartOrder(legacy).map(asItIs))
+  return now.filter(isRunning)
+}
+
+async function asItIs(service: Service): Promise<Service> {
+  return { ...service, container: (await engine.container(service.container.Id)) ?? service.container }
 }
 
 /** Its server drains nothing, and npm as the first process passes no signal on: everything in the container is told. */
@@ -62,7 +61,7 @@ interface Stop {
 async function stop(service: Service, { tell, env = {}, seconds, moreSeconds }: Stop): Promise<void> {
   const { Id } = service.container
   await run(['docker', 'update', '--restart', 'no', Id])
-  if (!isRunning({ container: (await engine.container(Id)) ?? service.container })) return
+  if (!isRunning(await asItIs(service))) return
   const names = Object.keys(env).map((name) => `--env=${name}`)
   const isTold =
     tell !== undefined && (await ask(['docker', 'exec', ...names, Id, ...tell], { env })) !== undefined
@@ -82,51 +81,50 @@ export async function retireFiles(legacy: Legacy): Promise<void> {
 
 /** Their names say what they are. */
 export async function renameRetired(legacy: Legacy): Promise<void> {
-  for (const { container } of inStartOrder(legacy)) {
-    const name = nameOf({ container: (await engine.container(container.Id)) ?? container })
+  for (const service of await Promise.all(inStartOrder(legacy).map(asItIs))) {
+    const name = nameOf(service)
     if (!name.startsWith(retiredPrefix))
-      await run(['docker', 'rename', container.Id, `${retiredPrefix}${name}`])
+      await run(['docker', 'rename', service.container.Id, `${retiredPrefix}${name}`])
   }
 }
 
-/** Names, files and restarts as they were, then everything is started. Nothing of it is in use by others by now. */
+/** Names and restarts as they were; everything is started. Nothing that it needs is in use by others by now. */
 export async function bringBack(legacy: Legacy): Promise<void> {
+  for (const service of await Promise.all(inStartOrder(legacy).map(asItIs))) {
+    const { Id } = service.container
+    const name = nameOf(service)
+    if (name.startsWith(retiredPrefix)) await run(['docker', 'rename', Id, name.slice(retiredPrefix.length)])
+    await run(['docker', 'start', Id])
+    await run(['docker', 'update', '--restart', service.restart, Id])
+  }
+}
+
+/** Last of all: by these names a run sees that the legacy set-up is in service. */
+export async function bringFilesBack(legacy: Legacy): Promise<void> {
   for (const path of legacy.composeFiles) {
     const name = path.endsWith(retiredSuffix) ? path.slice(0, -retiredSuffix.length) : path
     await renameSynced(`${name}${retiredSuffix}`, name)
   }
-  for (const { container, restart } of inStartOrder(legacy)) {
-    const name = nameOf({ container: (await engine.container(container.Id)) ?? container })
-    if (name.startsWith(retiredPrefix))
-      await run(['docker', 'rename', container.Id, name.slice(retiredPrefix.length)])
-    await run(['docker', 'start', container.Id])
-    await run(['docker', 'update', '--restart', restart, container.Id])
-  }
 }
 
-/** It builds at each start, which takes minutes. @throws Problem (degraded) when Strapi does not answer */
-export async function untilServing(legacy: Legacy, patienceMs = 1_800_000): Promise<void> {
-  const deadline = Date.now() + patienceMs
-  const { strapi } = legacy.services
+/** Why the legacy Strapi does not answer, or undefined. */
+export async function failureOf({ address }: Legacy): Promise<string | undefined> {
+  return await getUrl(`http://${address}/_health`).then(
+    ({ status }) => (status < 300 ? undefined : `/_health answers ${status}`),
+    (error: Error) => error.message,
+  )
+}
+
+/** It builds at each start, which takes minutes. @throws Error when Strapi does not answer in half an hour */
+export async function untilServing(legacy: Legacy): Promise<void> {
+  const deadline = Date.now() + 1_800_000
+  const name = nameOf(legacy.services.strapi).replace(retiredPrefix, '')
   await alive(
-    () =>
-      `waiting for the legacy Strapi, which builds at its start: docker logs -f ${nameOf(strapi).replace(retiredPrefix, '')}`,
+    () => `waiting for the legacy Strapi, which builds at its start: docker logs -f ${name}`,
     async () => {
-      for (;;) {
-        const answer = await getUrl(`http://${legacy.address}/_health`).catch((error: unknown) => error)
-        if (
-          typeof answer === 'object' &&
-          answer !== null &&
-          'status' in answer &&
-          Number(answer.status) < 300
-        )
-          return
+      for (let reason = await failureOf(legacy); reason !== undefined; reason = await failureOf(legacy)) {
         if (Date.now() > deadline)
-          throw new Problem(
-            exitCodes.degraded,
-            `the legacy Strapi does not answer at ${legacy.address}`,
-            `Look at: docker logs ${nameOf(strapi).replace(retiredPrefix, '')}`,
-          )
+          throw new Error(`the legacy Strapi does not serve: ${reason}; see: docker logs ${name}`)
         await sleep(500)
       }
     },

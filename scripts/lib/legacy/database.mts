@@ -66,13 +66,12 @@ export async function usedLocales({ database: { live } }: Legacy): Promise<strin
   return (await run(query(live.server, 'postgres', sql))).trim().split('\n')
 }
 
-/** Rows of each table. */
-export async function countRows(legacy: Legacy): Promise<Record<string, number> | undefined> {
-  const { live, name } = legacy.database
-  if (!live) return undefined
+/** What came along can be compared with this, and a way back. It must run. */
+export async function countRows({ database: { live, name } }: Legacy) {
+  if (!live) return {}
   const snapshot = await openSnapshot(live.server, name)
   await snapshot.close()
-  return snapshot.rows
+  return { rows: snapshot.rows, schemaHash: snapshot.schemaHash }
 }
 
 /**

@@ -8,14 +8,22 @@ export interface Note {
   at: string
   /** Name of the set that was made before anything changed. */
   backup?: string
-  /** Rows of each table when the legacy Strapi had stopped. */
-  rows?: Record<string, number>
+  /** Rows of each table when the legacy Strapi had stopped; null until then. */
+  rows?: Record<string, number> | null
   /** The new PostgreSQL had as many, before Strapi started. */
   areRowsSame?: boolean
   /** Milliseconds from the stop of the legacy Strapi until the new one was healthy. */
   outageMs?: number
-  /** Folder of the legacy compose file. */
+  /** Folder of the legacy compose file, and services of it that stay as they are. */
   from?: string
+  leave?: string[]
+  /** When it was in service: restart policies by service, and who owned its PGDATA ("70:70"). */
+  policies?: Record<string, string>
+  dataOwner?: string
+  /** Hash of the schema that the legacy Strapi had made. */
+  schemaHash?: string | undefined
+  /** The set that the new database came from, where it does not share the data. */
+  restoredSet?: string
   isFinal?: boolean
 }
 

@@ -9,7 +9,7 @@ import { query, type Server } from '../compose.mts'
 import { databaseSize } from '../data/databases.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
-import { explain } from '../report.mts'
+import type { Note } from './journal.mts'
 
 /** Behind the name of a compose file that must not be used by mistake: it would start a second PostgreSQL on the same data. */
 export const retiredSuffix = '.migrated'
@@ -20,7 +20,7 @@ export interface Service {
   /** In the compose file. */
   name: string
   container: engine.Container
-  /** Policy of the compose file; the container's own is off while it is out of service. */
+  /** Restart policy for when it is in service; the container's own is off while it is not. */
   restart: string
 }
 
@@ -33,20 +33,26 @@ export interface Legacy {
   services: { strapi: Service; postgresql: Service; redis: Service; livekit?: Service | undefined }
   /** The application: mounted as a volume, built at each start. */
   source: string
+  /** What it is told: its .env, and what the compose file gives its container. */
+  application: Record<string, string>
   uploads: string
   /** host:port where Strapi answers. */
   address: string
+  /** As the application uses it. */
   database: {
     name: string
     user: string
     password: string
     /** PGDATA on this host. */
     folder: string
-    major: number
+    /** A volume of the engine's own, which `docker volume prune` removes once its container is gone. */
+    isVolume: boolean
+    /** Undefined where it cannot be seen while it does not run. */
+    major: number | undefined
     /** Undefined while it does not run. */
     live: { server: Server; bytes: number } | undefined
   }
-  redis: { folder: string; password: string }
+  redis: { password: string }
   /** Its docker/.env. */
   settings: Record<string, string>
 }
@@ -61,85 +67,93 @@ const kinds: [Kind, RegExp][] = [
 
 /**
  * @param leave services that stay as they are
+ * @param noted when it was in service
  * @returns the set-up, or all that is not understood
  */
-export async function look(folder: string, leave: string[]): Promise<Legacy | Finding[]> {
-  const files = await composeFilesOf(folder)
-  if (files.length === 0)
-    return [
-      {
-        problem: `${folder} holds no compose file`,
-        fix: 'Name the folder of the legacy docker-compose.yml with --from.',
-      },
-    ]
-  const containers = await containersOf(folder)
-  const found: Partial<Record<Kind, Service>> = {}
+export async function look(
+  folder: string,
+  leave: string[],
+  noted: Pick<Note, 'policies'>,
+): Promise<Legacy | Finding[]> {
   const problems: Finding[] = []
-  const restarts = await restartPolicies(files)
+  const add = (problem: string, fix: string) => problems.push({ problem, fix })
+  const containers = await containersOf(folder)
+  const files = await composeFilesOf(folder, containers)
+  if (files.length === 0) {
+    add(`${folder} holds no compose file`, 'Name the folder of the legacy docker-compose.yml with --from.')
+    return problems
+  }
+  const isRetired = files.every((path) => path.endsWith(retiredSuffix))
+  const policies = { ...(await restartPolicies(files)), ...noted.policies }
+  const found: Partial<Record<Kind, Service>> = {}
   for (const container of containers) {
     const name = container.Config.Labels['com.docker.compose.service'] ?? ''
     if (leave.includes(name)) continue
     const kind = kinds.find(([, pattern]) => pattern.test(name))?.[0]
-    if (!kind || found[kind])
-      problems.push({
-        problem: kind
+    const own = container.HostConfig.RestartPolicy.Name
+    const restart = own !== 'no' && own !== '' ? own : (policies[name] ?? 'no')
+    if (kind && !found[kind]) found[kind] = { name, container, restart }
+    // Looked at before; what has come since is none of ours.
+    else if (!isRetired)
+      add(
+        kind
           ? `two services look like ${kind}: ${found[kind]?.name} and ${name}`
           : `the service ${name} is not known`,
-        fix: `If it may stay as it is: --leave ${name}`,
-      })
-    else found[kind] = { name, container, restart: restarts[name] ?? 'no' }
+        `If it may stay as it is: --leave ${name}`,
+      )
   }
   const { strapi, postgresql, redis, livekit } = found
   for (const [kind, service] of Object.entries({ strapi, postgresql, redis }))
     if (!service)
-      problems.push({
-        problem: `there is no container of a service ${kind} of ${folder}`,
-        fix: `Start the legacy set-up, so that it can be seen: cd ${folder} && docker compose up -d`,
-      })
+      add(
+        `there is no container of a service ${kind} of ${folder}`,
+        isRetired
+          ? 'It was removed since the switch. The new set-up is not touched; the way back is a backup set.'
+          : `Start the legacy set-up, so that it can be seen: cd ${folder} && docker compose up -d`,
+      )
   if (!strapi || !postgresql || !redis) return problems
 
-  const source = sourceOf(strapi.container)
-  if (source === undefined)
-    return [
-      ...problems,
-      {
-        problem: `no folder with a package.json is mounted in ${nameOf(strapi)}`,
-        fix: 'Only a set-up that mounts the whole project can be migrated; others: see docker/README.md.',
-      },
-    ]
-  const address = addressOf(strapi.container)
-  if (address === undefined)
-    problems.push({
-      problem: `${nameOf(strapi)} publishes no port`,
-      fix: 'nginx must reach it on this host.',
-    })
-  const database = await databaseOf(postgresql.container)
-  if (typeof database === 'string') problems.push({ problem: database, fix: 'See docker/README.md.' })
-  const settings = (await readEnv(join(folder, '.env'))) ?? {}
-  const cache = await redisOf(redis, settings.REDIS_PASSWORD || (await passwordIn(source)))
-  if (typeof cache === 'string')
-    problems.push({ problem: cache, fix: `Look for it: docker exec ${nameOf(redis)} ls /data` })
-  if (
-    problems.length > 0 ||
-    address === undefined ||
-    typeof database === 'string' ||
-    typeof cache === 'string'
+  const source = strapi.container.Mounts.map(({ Source }) => Source).find((path) =>
+    existsSync(join(path, 'package.json')),
   )
+  if (source === undefined) {
+    add(
+      `no folder with a package.json is mounted in ${nameOf(strapi)}`,
+      'Only a set-up that mounts the whole project can be migrated; others by hand: docker/README.md.',
+    )
     return problems
-  const uploads =
-    mounted(strapi.container, (at) => at.endsWith('/public/uploads')) ?? join(source, 'public/uploads')
-  const project = strapi.container.Config.Labels['com.docker.compose.project'] ?? ''
-  const services = { strapi, postgresql, redis, livekit }
+  }
+  const application = { ...(await readEnv(join(source, '.env'))), ...(await givenTo(strapi.container)) }
+  for (const key of ['DATABASE_URL', 'REDIS_URL'])
+    if (application[key])
+      add(
+        `the application is told ${key}, which names hosts of the legacy set-up`,
+        'Use the single values in its place (DATABASE_HOST …).',
+      )
+  const settings = (await readEnv(join(folder, '.env'))) ?? {}
+  const address = addressOf(strapi.container)
+  if (address === undefined) add(`${nameOf(strapi)} publishes no port`, 'nginx must reach it on this host.')
+  const database = await databaseOf(postgresql.container, application)
+  if (typeof database === 'string') add(database, 'Mend that, or migrate by hand: docker/README.md.')
+  const password = await redisPassword(redis, [settings.REDIS_PASSWORD, application.REDIS_PASSWORD])
+  if (password === undefined)
+    add(
+      `the password of ${nameOf(redis)} is neither in /data/redis_password.txt nor in an .env, or it is not right`,
+      `Look for it: docker exec ${nameOf(redis)} ls /data`,
+    )
+  if (problems.length > 0 || address === undefined || typeof database === 'string' || password === undefined)
+    return problems
   return {
     folder,
     composeFiles: files,
-    project,
-    services,
+    project: strapi.container.Config.Labels['com.docker.compose.project'] ?? '',
+    services: { strapi, postgresql, redis, livekit },
     source,
-    uploads,
+    application,
+    uploads: mountAt(strapi.container, '/public/uploads') ?? join(source, 'public/uploads'),
     address,
     database,
-    redis: cache,
+    redis: { password },
     settings,
   }
 }
@@ -159,8 +173,14 @@ export function inStartOrder({ services }: Legacy): Service[] {
   )
 }
 
-/** The base file and the one that overrides it, as Compose looks for them. */
-async function composeFilesOf(folder: string): Promise<string[]> {
+/** Those that the containers were made from, else those that Compose looks for; also by the name of one that is out of service. */
+async function composeFilesOf(folder: string, containers: engine.Container[]): Promise<string[]> {
+  const written = containers.map((one) => one.Config.Labels['com.docker.compose.project.config_files'])[0]
+  const paths = written?.split(',') ?? []
+  const there = [...paths, ...paths.map((path) => `${path}${retiredSuffix}`)].filter((path) =>
+    existsSync(path),
+  )
+  if (there.length > 0) return there
   const names: string[] = await readdir(folder).catch(() => [])
   const known = ['compose', 'docker-compose'].map((stem) =>
     ['', '.override'].flatMap((middle) =>
@@ -175,20 +195,21 @@ async function composeFilesOf(folder: string): Promise<string[]> {
 
 /** Older versions of Compose did not write down the folder, and made the project's name from it. */
 async function containersOf(folder: string): Promise<engine.Container[]> {
-  const real = await realpath(folder)
-  const all = await engine.composeContainers()
-  const ofFolder = (one: engine.Container) => {
+  const real = await realpath(folder).catch(() => folder)
+  const found: engine.Container[] = []
+  for (const one of await engine.composeContainers()) {
     const written = one.Config.Labels['com.docker.compose.project.working_dir']
-    if (written !== undefined) return written === folder || written === real
     const project = one.Config.Labels['com.docker.compose.project'] ?? ''
-    return (
-      project.replaceAll(/[-_]/g, '') ===
-      basename(real)
-        .toLowerCase()
-        .replaceAll(/[^a-z0-9]/g, '')
-    )
+    const isOwn =
+      written === undefined
+        ? project.replaceAll(/[-_]/g, '') ===
+          basename(real)
+            .toLowerCase()
+            .replaceAll(/[^a-z0-9]/g, '')
+        : (await realpath(written).catch(() => written)) === real
+    if (isOwn) found.push(one)
   }
-  return all.filter(ofFolder)
+  return found
 }
 
 async function restartPolicies(files: string[]): Promise<Record<string, string>> {
@@ -197,75 +218,85 @@ async function restartPolicies(files: string[]): Promise<Record<string, string>>
   for (const path of files) {
     const { services = {} } = (parseYaml(await readFile(path, 'utf8'), { merge: true }) as File) ?? {}
     for (const [name, service] of Object.entries(services))
-      if (service?.restart !== undefined) policies[name] = service.restart
+      if (/^(always|unless-stopped|on-failure(:\d+)?)$/.test(service?.restart ?? ''))
+        policies[name] = service?.restart ?? ''
   }
   return policies
 }
 
-/** Path on this host of what is mounted there. */
-function mounted(container: engine.Container, isWanted: (at: string) => boolean): string | undefined {
-  return container.Mounts.find(({ Destination }) => isWanted(Destination))?.Source
+/** Path on this host of what is mounted at a place that ends so. */
+function mountAt(container: engine.Container, end: string): string | undefined {
+  return container.Mounts.find(({ Destination }) => Destination.endsWith(end))?.Source
 }
 
-function sourceOf(container: engine.Container): string | undefined {
-  return container.Mounts.map(({ Source }) => Source).find((path) => existsSync(join(path, 'package.json')))
-}
-
-function addressOf({ HostConfig }: engine.Container): string | undefined {
-  const [binding] = Object.values(HostConfig.PortBindings ?? {}).flatMap((bindings) => bindings ?? [])
+function addressOf({ HostConfig, Config }: engine.Container): string | undefined {
+  const port = environmentOf(Config.Env).PORT ?? '1337'
+  const published = Object.entries(HostConfig.PortBindings ?? {}).flatMap(([inside, bindings]) =>
+    (bindings ?? []).map((binding) => ({ inside, ...binding })),
+  )
+  const binding = published.find(({ inside }) => inside === `${port}/tcp`) ?? published[0]
   if (!binding) return undefined
   const isEverywhere = ['', '0.0.0.0', '::'].includes(binding.HostIp)
   return `${isEverywhere ? '127.0.0.1' : binding.HostIp}:${binding.HostPort}`
 }
 
-async function databaseOf(container: engine.Container): Promise<Legacy['database'] | string> {
-  const environment = environmentOf(container)
+async function databaseOf(
+  container: engine.Container,
+  application: Record<string, string>,
+): Promise<Legacy['database'] | string> {
+  const environment = environmentOf(container.Config.Env)
   const data = environment.PGDATA ?? '/var/lib/postgresql/data'
-  const mount = container.Mounts.find(({ Destination }) => `${data}/`.startsWith(`${Destination}/`))
-  if (!mount) return `no folder of this host is mounted at ${data} of ${nameOf({ container })}`
+  // The innermost one: an image may have an anonymous volume below the mounted folder.
+  const [mount] = container.Mounts.filter(({ Destination }) =>
+    `${data}/`.startsWith(`${Destination}/`),
+  ).toSorted((one, other) => other.Destination.length - one.Destination.length)
+  if (!mount) return `nothing is mounted at ${data} of ${nameOf({ container })}`
   const folder = join(mount.Source, relative(mount.Destination, data))
-  const version = await readFile(join(folder, 'PG_VERSION'), 'utf8').catch((error: unknown) => explain(error))
-  const major = Number.parseInt(version)
-  if (!(major >= 10)) return `${folder} does not hold the data of a PostgreSQL from 10 on: ${version.trim()}`
-  const user = environment.POSTGRES_USER ?? 'postgres'
-  const name = environment.POSTGRES_DB ?? user
-  const common = { name, user, password: environment.POSTGRES_PASSWORD ?? '', folder, major }
+  const version = Number.parseInt(await readFile(join(folder, 'PG_VERSION'), 'utf8').catch(() => ''))
+  const owner = environment.POSTGRES_USER ?? 'postgres'
+  const name = application.DATABASE_NAME || (environment.POSTGRES_DB ?? owner)
+  const common = {
+    name,
+    user: application.DATABASE_USERNAME || owner,
+    password: application.DATABASE_PASSWORD || (environment.POSTGRES_PASSWORD ?? ''),
+    folder,
+    isVolume: mount.Type === 'volume',
+    major: version >= 1 ? version : undefined,
+  }
   if (container.State.Status !== 'running') return { ...common, live: undefined }
-  for (const superuser of new Set(['postgres', user])) {
+  if (!(version >= 10)) return `${folder} does not hold the data of a PostgreSQL from 10 on`
+  for (const superuser of new Set(['postgres', owner])) {
     const server = { containerId: container.Id, superuser }
-    const size = `SELECT (${databaseSize(name).replace(/^SELECT /, '')}) WHERE (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)`
+    const size = `${databaseSize(name)} WHERE (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)`
     const bytes = await ask(query(server, 'postgres', size))
     if (bytes?.trim()) return { ...common, live: { server, bytes: Number(bytes) } }
   }
-  return `the local socket of ${nameOf({ container })} lets neither postgres nor ${user} in as a superuser without a password`
+  return `${nameOf({ container })} has no database ${name}, or its local socket lets neither postgres nor ${owner} in as a superuser without a password`
 }
 
-/** It makes its password up and writes it down beside its data. */
-async function redisOf(service: Service, otherwise: string | undefined): Promise<Legacy['redis'] | string> {
-  const folder = mounted(service.container, (at) => at === '/data')
-  if (folder === undefined) return `nothing is mounted at /data of ${nameOf(service)}`
+/** It makes its password up and writes it down beside its data; what answers is right. */
+async function redisPassword(service: Service, others: (string | undefined)[]): Promise<string | undefined> {
+  const folder = mountAt(service.container, '/data') ?? ''
   const written = await readFile(join(folder, 'redis_password.txt'), 'utf8').catch(() => undefined)
-  const password = written?.trim() || otherwise
-  if (!password) return `the password of Redis is neither in ${folder}/redis_password.txt nor in an .env`
-  if (!isRunning(service)) return { folder, password }
-  const isRight = await ask(
-    ['docker', 'exec', '--env=REDISCLI_AUTH', service.container.Id, 'redis-cli', '-e', 'ping'],
-    {
-      env: { REDISCLI_AUTH: password },
-    },
-  )
-  return isRight === undefined
-    ? `${nameOf(service)} does not answer to the password that was found`
-    : { folder, password }
+  const candidates = [written?.trim(), ...others].filter((one) => one !== undefined && one !== '')
+  if (!isRunning(service)) return candidates[0]
+  const ping = ['docker', 'exec', '--env=REDISCLI_AUTH', service.container.Id, 'redis-cli', '-e', 'ping']
+  for (const password of candidates)
+    if ((await ask(ping, { env: { REDISCLI_AUTH: password ?? '' } })) !== undefined) return password
+  return undefined
 }
 
-async function passwordIn(source: string): Promise<string | undefined> {
-  return (await readEnv(join(source, '.env')))?.REDIS_PASSWORD
+/** What the compose file tells the application: the rest of its environment is its image's. */
+async function givenTo({ Config, Image }: engine.Container): Promise<Record<string, string>> {
+  const own = new Set((await engine.image(Image))?.Config.Env ?? [])
+  const given = environmentOf(Config.Env.filter((line) => !own.has(line)))
+  for (const name of ['HOST', 'PORT', 'NODE_ENV', 'CRON_ENABLED', 'PATH', 'HOSTNAME']) delete given[name]
+  return given
 }
 
-function environmentOf({ Config }: engine.Container): Record<string, string> {
+function environmentOf(lines: string[]): Record<string, string> {
   return Object.fromEntries(
-    Config.Env.map((line): [string, string] => [
+    lines.map((line): [string, string] => [
       line.slice(0, line.indexOf('=')),
       line.slice(line.indexOf('=') + 1),
     ]),

@@ -3,20 +3,28 @@ import { stat } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import type { Finding } from '../checks.mts'
-import { folderBytes } from '../data/uploads.mts'
 import { megabytes, needRoom } from '../data/room.mts'
+import { folderBytes } from '../data/uploads.mts'
+import * as engine from '../engine.mts'
 import { readText } from '../envfile.mts'
+import { isSameFolder } from '../folders.mts'
 import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
-import { addToResult, detail, exitCodes, explain, Problem } from '../report.mts'
+import { addToResult, detail, exitCodes, explain, Problem, warn } from '../report.mts'
 import { exampleFile, scriptCommand, withEnvironment, type Site } from '../settings.mts'
-import { getUrl } from '../http.mts'
+import { failureOf } from './containers.mts'
+import { notes } from './journal.mts'
 import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy } from './look.mts'
 import { legacyNginx, type LegacyNginx } from './nginx.mts'
-import { notes } from './journal.mts'
 import { planSettings, type Settings } from './settings.mts'
 import { uploadProblems } from './uploads.mts'
+
+/**
+ * `legacy`: it is in service. `switching`: it is out of service, and the new Strapi has never been started. `served`: that one has,
+ * and may have taken something from visitors: no data is moved any more.
+ */
+export type Stage = 'legacy' | 'switching' | 'served'
 
 export interface Migration {
   envFile: string
@@ -26,88 +34,97 @@ export interface Migration {
   settings: Settings
   /** The new set-up; read again when its settings are written. */
   site: Site
-  /** The switch has begun: the legacy set-up is out of service, or about to be. */
-  isUnderWay: boolean
+  stage: Stage
+  /** Services that stay as they are. */
+  leave: string[]
 }
 
-/** @throws Problem (usage) that lists all that is not understood or not fit; nothing is changed */
+/** @throws Problem (usage) that lists all that is not understood; nothing is changed */
 export async function see(envFile: string, from: string, leave: string[]): Promise<Migration> {
   const folder = resolve(from)
-  const legacy = await look(folder, leave)
+  const noted = await notes({ stateDir: resolve(envFile, '../.state') })
+  const legacy = await look(folder, leave, noted)
   if (Array.isArray(legacy)) {
-    const { isFinal, at = '' } = await notes({ stateDir: resolve(envFile, '../.state') })
-    if (!isFinal) throw refusal(folder, legacy)
+    if (!noted.isFinal) throw refusal(folder, legacy)
     throw new Problem(
       exitCodes.usage,
-      `the migration was ended for good on ${at.slice(0, 10)}: of the legacy set-up no containers are left`,
+      `the migration was ended for good on ${noted.at?.slice(0, 10)}: of the legacy set-up no containers are left`,
       `A state of the site from then: ${scriptCommand('data', envFile, 'list')}`,
     )
   }
-  const isUnderWay = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
-  const values = withEnvironment({
-    ...parse((await readText(exampleFile)) ?? ''),
-    ...parse((await readText(envFile)) ?? ''),
+  const own = parse((await readText(envFile)) ?? '')
+  const values = withEnvironment({ ...parse((await readText(exampleFile)) ?? ''), ...own })
+  const nginx = await legacyNginx((values.NGINX_COMMAND ?? '').split(/\s+/), legacy.address, {
+    control: `127.0.0.1:${values.CONTROL_PORT}`,
+    hasName: Boolean(own.SERVER_NAME),
+    hasTls: Boolean(own.TLS_CERTIFICATE),
   })
-  const nginxCommand = (values.NGINX_COMMAND ?? '').split(/\s+/)
-  const nginx = await legacyNginx(nginxCommand, legacy.address, `127.0.0.1:${values.CONTROL_PORT}`)
-  const settings = await planSettings(envFile, legacy, nginx)
-  const { site } = settings
-  const migration = { envFile, legacy, nginx, settings, site, isUnderWay }
-  if (!isUnderWay) {
-    const problems = await problemsOf(migration)
-    if (problems.length > 0) throw refusal(folder, problems)
-  }
-  return migration
+  const isRetired = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
+  const settings = await planSettings(envFile, legacy, nginx, isRetired)
+  const stage = !isRetired ? 'legacy' : (await wasStarted(settings.site)) ? 'served' : 'switching'
+  return { envFile, legacy, nginx, settings, site: settings.site, stage, leave }
+}
+
+/** Whether the new Strapi may have taken something from visitors. */
+export async function wasStarted(site: Site): Promise<boolean> {
+  const slots = await Promise.all(
+    Object.values(site.slots).map(({ container }) => engine.container(container)),
+  )
+  return slots.some((found) => found !== undefined && found.State.Status !== 'created')
 }
 
 /** The plan in a few lines. */
-export async function describe({ legacy, nginx, site }: Migration): Promise<void> {
+export async function describe({ legacy, nginx, site, stage }: Migration): Promise<void> {
   const uploads = await folderBytes(legacy.uploads)
   const { database } = legacy
   detail(
     [
       `project ${legacy.project}: ${inStartOrder(legacy).map(nameOf).join(', ')}; Strapi answers at ${legacy.address}`,
       `application ${legacy.source}; uploads ${megabytes(uploads)}`,
-      `PostgreSQL ${database.major} in ${database.folder}${database.live ? `, ${database.name} has ${megabytes(database.live.bytes)}` : ''}`,
+      `PostgreSQL ${database.major ?? ''} in ${database.folder}${database.live ? `, ${database.name} has ${megabytes(database.live.bytes)}` : ''}`,
       `nginx ${nginx.files.join(', ') || 'passes nobody to it by a file of its own'}`,
-      `new: project ${site.project}, application ${site.source}, uploads ${site.folders.uploads}, PostgreSQL ${site.folders.postgres}`,
+      `new: project ${site.project}, application ${site.source}, uploads ${site.folders.uploads}`,
       'expected outage: what PostgreSQL, Redis and one Strapi take to start, seconds; with another PostgreSQL also its dump and restore',
     ].join('\n'),
   )
+  if (stage === 'legacy' && nginx.lost.length > 0)
+    warn(`of the legacy nginx file this is not taken over: ${nginx.lost.join('; ')}`)
   addToResult({
     legacy: { project: legacy.project, uploadsBytes: uploads, databaseBytes: database.live?.bytes },
   })
 }
 
-async function problemsOf(migration: Migration): Promise<Finding[]> {
-  const { legacy, site } = migration
-  const problems: Finding[] = []
+/** @throws Problem (usage) that lists all that stands in the way; nothing is changed */
+export async function needFit(migration: Migration): Promise<void> {
+  const problems = await problemsOf(migration)
+  if (problems.length > 0) throw refusal(migration.legacy.folder, problems)
+}
+
+async function problemsOf({ legacy, nginx, site }: Migration): Promise<Finding[]> {
+  const problems: Finding[] = [...nginx.problems]
   const add = (problem: string, fix: string) => problems.push({ problem, fix })
   for (const service of inStartOrder(legacy))
     if (!isRunning(service)) add(`${nameOf(service)} does not run`, `docker start ${nameOf(service)}`)
-  const health = await getUrl(`http://${legacy.address}/_health`).catch((error: unknown) => explain(error))
-  if (typeof health === 'string' || health.status >= 300)
-    add(
-      `the legacy Strapi is not healthy: ${typeof health === 'string' ? health : `/_health answers ${health.status}`}`,
-      `Look at: docker logs ${nameOf(legacy.services.strapi)}`,
-    )
+  const failure = await failureOf(legacy)
+  if (failure)
+    add(`the legacy Strapi is not healthy: ${failure}`, `docker logs ${nameOf(legacy.services.strapi)}`)
   if (site.project === legacy.project)
     add(
       `both set-ups would be the Compose project ${site.project}`,
       `Set COMPOSE_PROJECT_NAME in ${site.envFile} to another name.`,
     )
-  if (resolve(site.source) === resolve(legacy.source))
+  if (isSameFolder(site.source, legacy.source))
     add(
       'STRAPI_SOURCE is the legacy application itself, which must stay as it is',
       `Set STRAPI_SOURCE in ${site.envFile} to a folder of its own; where it is empty, the application is copied there.`,
     )
-  if (resolve(site.folders.uploads) === resolve(legacy.uploads))
+  if (isSameFolder(site.folders.uploads, legacy.uploads))
     add(
       'UPLOADS_VOLUME is the legacy folder, which must stay as it is',
-      `Set it in ${site.envFile} to another folder.`,
+      `Set it in ${site.envFile} to another one.`,
     )
   const wanted = Number(/:(?:v)?(\d+)/.exec(site.values.POSTGRES_IMAGE ?? '')?.[1])
-  if (wanted < legacy.database.major)
+  if (wanted < (legacy.database.major ?? 0))
     add(
       `the data is of PostgreSQL ${legacy.database.major}, which ${site.values.POSTGRES_IMAGE} cannot read`,
       `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${legacy.database.major} or newer.`,
@@ -123,7 +140,7 @@ async function problemsOf(migration: Migration): Promise<Finding[]> {
   for (const missing of await missingSoftware()) add(`${missing.name} is missing`, missing.fix)
   const obstacle = await isInstallable(site)
   if (obstacle) add(obstacle, 'nginx is the way of the visitors: it must be there before.')
-  const short = await roomProblem(migration)
+  const short = await roomProblem(legacy, site)
   if (short) add(short, 'Make room, or choose other folders.')
   return problems
 }
@@ -139,7 +156,7 @@ function ports(site: Site, legacy: Legacy): [string, string][] {
 }
 
 /** The set, the copy of the uploads, and a second database in case it has to go by dump and restore. */
-async function roomProblem({ legacy, site }: Migration): Promise<string | undefined> {
+async function roomProblem(legacy: Legacy, site: Site): Promise<string | undefined> {
   const uploads = await folderBytes(legacy.uploads)
   const database = legacy.database.live?.bytes ?? 0
   const wants = [

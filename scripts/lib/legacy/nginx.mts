@@ -1,38 +1,115 @@
 /** The nginx files that pass visitors to the legacy Strapi, and their way out of service and back. */
 import { mkdir, readdir, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
+import type { Finding } from '../checks.mts'
 import { ask, run } from '../command.mts'
 import { makeStateDir } from '../history.mts'
 import { install } from '../nginx.mts'
-import { detail, warn } from '../report.mts'
-import type { Site } from '../settings.mts'
+import { detail, exitCodes, Problem } from '../report.mts'
+import { scriptCommand, type Site } from '../settings.mts'
 
 export interface LegacyNginx {
   files: string[]
   serverName: string | undefined
   tls: { certificate: string; key: string } | undefined
+  /** What is in them and will not be in the new site. */
+  lost: string[]
+  problems: Finding[]
 }
 
-/** As the running configuration has it: `nginx -T` names each file in front of its text. */
-export async function legacyNginx(command: string[], address: string, control: string): Promise<LegacyNginx> {
-  const port = address.split(':').at(-1) ?? ''
-  const passing = new RegExp(
-    String.raw`(?:proxy_pass\s+https?://|server\s+)(?:127\.0\.0\.1|localhost|\[::1\]|0\.0\.0\.0):${port}\b`,
-  )
-  const dump = (await ask([...command, '-T'])) ?? ''
-  const found = dump
+/**
+ * As the configuration on disk has it: `nginx -T` names each file in front of its text.
+ * @param given what docker/.env says already, and so need not be found out
+ */
+export async function legacyNginx(
+  command: string[],
+  address: string,
+  given: { control: string; hasName: boolean; hasTls: boolean },
+): Promise<LegacyNginx> {
+  const dump = await ask([...command, '-T'])
+  const found: LegacyNginx = { files: [], serverName: undefined, tls: undefined, lost: [], problems: [] }
+  if (dump === undefined) {
+    found.problems.push({
+      problem: 'nginx does not tell its configuration',
+      fix: `See: ${command.join(' ')} -T`,
+    })
+    return found
+  }
+  return readNginx(dump, address, given)
+}
+
+export function readNginx(
+  dump: string,
+  address: string,
+  { control, hasName, hasTls }: { control: string; hasName: boolean; hasTls: boolean },
+): LegacyNginx {
+  const files = dump
     .split(/^# configuration file (?=.*:$)/m)
     .slice(1)
-    .map((part) => ({ path: part.slice(0, part.indexOf(':\n')), text: part.slice(part.indexOf('\n') + 1) }))
-    .filter(({ text }) => passing.test(text) && !text.includes(`listen ${control};`))
-  const all = found.map(({ text }) => text).join('\n')
-  const value = (name: string) => new RegExp(String.raw`^\s*${name}\s+([^;\s]+)`, 'm').exec(all)?.[1]
+    .map((part) => ({
+      path: part.slice(0, part.indexOf(':\n')),
+      text: part.slice(part.indexOf('\n') + 1).replaceAll(/(^|\s)#.*$/gm, ''),
+    }))
+  const [host, port] = [address.slice(0, address.lastIndexOf(':')), address.split(':').at(-1) ?? '']
+  const place = String.raw`(?:127\.0\.0\.1|localhost|\[::1\]|0\.0\.0\.0|${host.replaceAll('.', String.raw`\.`)}):${port}\b`
+  const upstreams = files.flatMap(({ text }) =>
+    [...text.matchAll(/upstream\s+(\S+)\s*\{([^}]*)\}/g)]
+      .filter(([, , body = '']) => new RegExp(String.raw`server\s+${place}`).test(body))
+      .map(([, name = '']) => name),
+  )
+  const target = new RegExp(
+    String.raw`^(?:${[place, ...upstreams.map((name) => String.raw`${name}\b`)].join('|')})`,
+  )
+  const own = files.filter(
+    ({ text }) => !text.includes(`listen ${control};`) && passes(text).some((one) => target.test(one)),
+  )
+  const all = own.map(({ text }) => text).join('\n')
+  const value = (name: string) => new RegExp(String.raw`\b${name}\s+([^;\s]+)`).exec(all)?.[1]
+  const names = [
+    ...new Set(
+      [...all.matchAll(/\bserver_name\s+([^;]+);/g)].flatMap(([, list = '']) => list.trim().split(/\s+/)),
+    ),
+  ]
   const [certificate, key] = [value('ssl_certificate'), value('ssl_certificate_key')]
+  const problems: Finding[] = []
+  const [serverName] = names.filter((name) => !/[_*~]/.test(name))
+  for (const { path, text } of own)
+    if (passes(text).some((one) => !target.test(one)))
+      problems.push({
+        problem: `${path} also passes visitors to something else than the legacy Strapi`,
+        fix: 'Put the site of Strapi into a file of its own: the whole file goes out of service.',
+      })
+  if (serverName === undefined && !hasName)
+    problems.push({
+      problem: `no nginx file with a server_name passes visitors to ${address}`,
+      fix: 'Set SERVER_NAME in docker/.env.',
+    })
+  if (/\blisten\s[^;]*(?:443|ssl)/.test(all) && certificate === undefined && !hasTls)
+    problems.push({
+      problem: 'nginx serves the legacy site by HTTPS, and its certificate is not in the same file',
+      fix: 'Set TLS_CERTIFICATE and TLS_CERTIFICATE_KEY in docker/.env.',
+    })
+  const taken =
+    /^\s*(?:server_name|allow|deny|auth_basic\w*|location\s+(?!\/\s*\{)[^{]+|client_max_body_size|rewrite|return)\b[^;{]*/gm
+  const lost = [...all.matchAll(taken)]
+    .map(([line]) => line.trim())
+    .filter(
+      (line) =>
+        line !== `server_name ${serverName}` &&
+        !/^client_max_body_size\s+(\d\d?|1\d\d|2[0-4]\d|250)m$/i.test(line),
+    )
   return {
-    files: found.map(({ path }) => path),
-    serverName: value('server_name'),
+    files: own.map(({ path }) => path),
+    serverName,
     tls: certificate !== undefined && key !== undefined ? { certificate, key } : undefined,
+    lost,
+    problems,
   }
+}
+
+/** Where each proxy_pass leads, without the scheme. */
+function passes(text: string): string[] {
+  return [...text.matchAll(/\bproxy_pass\s+(?:https?:\/\/)?([^;]+);/g)].map(([, to = '']) => to.trim())
 }
 
 /** Where the legacy files are kept, each with its path as its name. */
@@ -42,7 +119,7 @@ function keptFolder(site: Site): string {
 
 /**
  * The new site in place of the legacy files, which are kept.
- * @throws Problem with nginx's own words, and everything as before
+ * @throws Problem (degraded) with nginx's own words, and everything as before
  */
 export async function replaceNginx(site: Site, files: string[]): Promise<void> {
   await makeStateDir(site)
@@ -59,14 +136,19 @@ export async function replaceNginx(site: Site, files: string[]): Promise<void> {
     await install(site)
   } catch (error) {
     await restoreNginx(site)
-    throw error
+    throw new Problem(
+      exitCodes.degraded,
+      'visitors are served by the new set-up through the legacy nginx file; the new one could not be installed',
+      `Mend it, then: ${scriptCommand('migrate', site.envFile)}`,
+      error,
+    )
   }
 }
 
-/** The legacy files in place of the new site. @returns whether there was anything to bring back */
-export async function restoreNginx(site: Site): Promise<boolean> {
-  const names = await keptNames(site)
-  if (names.length === 0) return false
+/** The legacy files in place of the new site. @throws Error when nginx does not take them */
+export async function restoreNginx(site: Site): Promise<void> {
+  const names = (await readdir(keptFolder(site)).catch(() => [])).filter((name) => !name.endsWith('.new'))
+  if (names.length === 0) return
   const paths = names.map((name) => decodeURIComponent(name))
   if (!paths.includes(site.nginx.confFile)) await rm(site.nginx.confFile, { force: true })
   for (const [at, name] of names.entries()) {
@@ -74,12 +156,6 @@ export async function restoreNginx(site: Site): Promise<boolean> {
     await run(['cp', '--archive', '--no-target-directory', join(keptFolder(site), name), paths[at] ?? ''])
   }
   await run([...site.nginx.command, '-t'])
-  if ((await ask([...site.nginx.command, '-s', 'reload'])) === undefined)
-    warn(`nginx could not be told: ${[...site.nginx.command, '-s', 'reload'].join(' ')}`)
+  await run([...site.nginx.command, '-s', 'reload'])
   await rm(keptFolder(site), { recursive: true, force: true })
-  return true
-}
-
-async function keptNames(site: Site): Promise<string[]> {
-  return (await readdir(keptFolder(site)).catch(() => [])).filter((name) => !name.endsWith('.new'))
 }

@@ -1,12 +1,13 @@
 /** The settings of the new set-up: those of the legacy one, with what is different here. Comments and order stay. */
 import { existsSync } from 'node:fs'
 import { cp, mkdir } from 'node:fs/promises'
-import { dirname, isAbsolute, join, resolve } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { addMissing, readText, setValues, writeEnv } from '../envfile.mts'
+import { isSameFolder } from '../folders.mts'
 import { detail } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
-import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
+import { exampleFile, loadSite, type Site } from '../settings.mts'
 import type { Legacy } from './look.mts'
 import type { LegacyNginx } from './nginx.mts'
 
@@ -21,70 +22,96 @@ export interface Settings {
 
 /** Names of the legacy set-up itself, and what has another meaning here. */
 const notCarried =
-  /^(COMPOSE_|CONTAINER_PREFIX$|NETWORK_NAME$|STRAPI_VERSION$|STRAPI_IMAGE$|STRAPI_VOLUME$|STRAPI_PORT$)/
-const paths = ['UPLOADS_VOLUME', 'POSTGRES_VOLUME', 'BACKUP_DIR', 'FIREBASE_CREDENTIALS', 'APNS_KEY']
+  /^(COMPOSE_.*|CONTAINER_PREFIX|NETWORK_NAME|STRAPI_(VERSION|IMAGE|VOLUME|PORT)|POSTGRES_(VOLUME|USER|PASSWORD|DB)|REDIS_PASSWORD)$/
+const paths = ['UPLOADS_VOLUME', 'BACKUP_DIR', 'FIREBASE_CREDENTIALS', 'APNS_KEY']
+/** Roles and databases that the new PostgreSQL has for itself. */
+const reserved = /^(postgres|pg_.*|template[01])$/
 
 /**
  * What is set in docker/.env here stays, but for what describes the data: that is as the legacy set-up has it.
  * @throws Problem (usage) that lists all that is wrong with the result
  */
-export async function planSettings(envFile: string, legacy: Legacy, nginx: LegacyNginx): Promise<Settings> {
+export async function planSettings(
+  envFile: string,
+  legacy: Legacy,
+  nginx: LegacyNginx,
+  isRetired: boolean,
+): Promise<Settings> {
   const example = (await readText(exampleFile)) ?? ''
   const defaults = parse(example)
   const own = (await readText(envFile)) ?? ''
-  const legacyText = (await readText(join(legacy.folder, '.env'))) ?? ''
+  const ownValues = parse(own)
   const set = Object.fromEntries(
-    Object.entries(parse(own)).filter(([key, value]) => value !== '' && value !== defaults[key]),
+    Object.entries(ownValues).filter(([key, value]) => value !== '' && value !== defaults[key]),
   )
+  // Never the folder in which the legacy one runs, until that has stopped: somebody may type `up` in between.
+  const isTaken =
+    !isRetired && set.POSTGRES_VOLUME && isSameFolder(set.POSTGRES_VOLUME, legacy.database.folder)
+  if (isTaken) delete set.POSTGRES_VOLUME
   const carried = Object.entries(legacy.settings)
     .filter(([key, value]) => value !== '' && !notCarried.test(key) && set[key] === undefined)
     .map(([key, value]): [string, string] => [
       key,
       paths.includes(key) ? absolute(legacy.folder, value) : value,
     ])
-  const base = addMissing(own.trim() === '' ? withoutNames(legacyText) : own, example)
-  const values: Record<string, string> = {
+  const values: Record<string, string | undefined> = {
     ...Object.fromEntries(carried),
-    ...(set.SERVER_NAME || !nginx.serverName ? {} : { SERVER_NAME: nginx.serverName }),
-    ...(set.TLS_CERTIFICATE || !nginx.tls
-      ? {}
-      : { TLS_CERTIFICATE: nginx.tls.certificate, TLS_CERTIFICATE_KEY: nginx.tls.key }),
-    ...(set.MASTER_PORT ? {} : { MASTER_PORT: legacy.address.split(':').at(-1) ?? '' }),
-    POSTGRES_USER: legacy.database.user,
-    POSTGRES_PASSWORD: legacy.database.password,
-    POSTGRES_DB: legacy.database.name,
-    REDIS_PASSWORD: legacy.redis.password,
-    // The application has them, too.
-    ...Object.fromEntries(Object.entries(legacy.settings).filter(([key]) => /^LIVEKIT_API_/.test(key))),
+    ...describeData(legacy, ownValues, defaults),
+    POSTGRES_VOLUME: set.POSTGRES_VOLUME ?? (await freshDatabaseFolder(legacy)),
+    SERVER_NAME: set.SERVER_NAME ?? nginx.serverName,
+    TLS_CERTIFICATE: set.TLS_CERTIFICATE ?? nginx.tls?.certificate,
+    TLS_CERTIFICATE_KEY: set.TLS_CERTIFICATE_KEY ?? nginx.tls?.key,
+    MASTER_PORT: set.MASTER_PORT ?? legacy.address.split(':').at(-1),
   }
-  if (!set.POSTGRES_VOLUME) values.POSTGRES_VOLUME = legacy.database.folder
-  // The new containers must not be found by the names of the legacy ones, nor the other way round.
+  // The containers of the two must not be found by the same names.
   const network = set.NETWORK_NAME ?? defaults.NETWORK_NAME ?? ''
   if (networksOf(legacy).includes(network)) values.NETWORK_NAME = `${network}-blue-green`
-  if (samePath(values.UPLOADS_VOLUME ?? '', legacy.uploads))
-    values.UPLOADS_VOLUME = defaults.UPLOADS_VOLUME ?? ''
-  const docker = setValues(
-    base,
-    Object.fromEntries(Object.entries(values).filter(([, value]) => value !== '')),
+  if (values.UPLOADS_VOLUME && isSameFolder(values.UPLOADS_VOLUME, legacy.uploads))
+    delete values.UPLOADS_VOLUME
+  const base = addMissing(
+    own.trim() === '' ? withoutNames((await readText(join(legacy.folder, '.env'))) ?? '') : own,
+    example,
   )
+  const profiles = set.COMPOSE_PROFILES ?? (legacy.services.livekit ? 'livekit' : '')
+  const docker = setValues(base, { ...filled(values), COMPOSE_PROFILES: profiles })
   const site = await loadSite(envFile, { text: docker })
   return { docker, application: await planApplication(site, legacy), site }
+}
+
+/** A superuser, or a database that every PostgreSQL has, cannot be Strapi's here: it gets its own, by dump and restore. */
+function describeData(
+  { database, redis, settings }: Legacy,
+  own: Record<string, string>,
+  defaults: Record<string, string>,
+): Record<string, string | undefined> {
+  return {
+    POSTGRES_USER: reserved.test(database.user)
+      ? (own.POSTGRES_USER ?? defaults.POSTGRES_USER)
+      : database.user,
+    POSTGRES_PASSWORD: database.password,
+    POSTGRES_DB: reserved.test(database.name) ? (own.POSTGRES_DB ?? defaults.POSTGRES_DB) : database.name,
+    REDIS_PASSWORD: redis.password,
+    // The application has them, too.
+    LIVEKIT_API_KEY: settings.LIVEKIT_API_KEY ?? own.LIVEKIT_API_KEY,
+    LIVEKIT_API_SECRET: settings.LIVEKIT_API_SECRET ?? own.LIVEKIT_API_SECRET,
+  }
 }
 
 /** Its secrets are those of the legacy application: sessions and tokens stay valid. */
 async function planApplication(site: Site, legacy: Legacy): Promise<string> {
   const before = await readText(join(site.source, '.env'))
-  const text = (await readText(join(legacy.source, '.env'))) ?? ''
-  const theirs = parse(text)
   const own = parse(before ?? '')
-  const values: Record<string, string> = {}
-  for (const [key, value] of Object.entries(theirs))
+  const values: Record<string, string | undefined> = {}
+  for (const [key, value] of Object.entries(legacy.application))
     if (!own[key] || appSecrets.includes(key)) values[key] = value
   for (const [key, source] of Object.entries(connection))
-    values[key] = 'key' in source ? (site.values[source.key] ?? '') : source.constant
-  return setValues(
-    before ?? text,
-    Object.fromEntries(Object.entries(values).filter(([, value]) => value !== '')),
+    values[key] = 'key' in source ? site.values[source.key] : source.constant
+  return setValues(before ?? (await readText(join(legacy.source, '.env'))) ?? '', filled(values))
+}
+
+function filled(values: Record<string, string | undefined>): Record<string, string> {
+  return Object.fromEntries(
+    Object.entries(values).flatMap(([key, value]): [string, string][] => (value ? [[key, value]] : [])),
   )
 }
 
@@ -111,37 +138,42 @@ export async function writeSettings(
 async function copyApplication(legacy: Legacy, target: string): Promise<void> {
   const left = ['node_modules', 'dist', 'build', '.cache', '.tmp', '.env', 'public/uploads', 'package.json']
   const skipped = new Set(left.map((name) => join(legacy.source, name)))
+  const options = { preserveTimestamps: true, verbatimSymlinks: true }
   await cp(legacy.source, target, {
+    ...options,
     recursive: true,
-    preserveTimestamps: true,
     filter: (path) => !skipped.has(path) && path !== legacy.uploads,
   })
   await mkdir(join(target, 'public/uploads'), { recursive: true })
-  await cp(join(legacy.source, 'package.json'), join(target, 'package.json'), { preserveTimestamps: true })
+  await cp(join(legacy.source, 'package.json'), join(target, 'package.json'), options)
 }
 
-/** Lines such as "REDIS_PASSWORD ******** -> ********": which values change, none of the secret ones readable. */
-export function differences(before: string | undefined, after: string): string[] {
+/** Lines such as "REDIS_PASSWORD: (empty) -> ********": which values change, none that could be a secret readable. */
+export async function differences(before: string | undefined, after: string): Promise<string[]> {
+  const known = Object.keys(parse((await readText(exampleFile)) ?? '')).filter(
+    (key) => !/PASSWORD|SECRET|KEY|URL/.test(key),
+  )
+  const readable = new Set([...known, ...Object.keys(connection).filter((key) => !key.includes('PASSWORD'))])
   const [old, values] = [parse(before ?? ''), parse(after)]
+  const shown = (key: string, value: string | undefined) => {
+    if (value === undefined) return '(not there)'
+    if (value === '') return '(empty)'
+    return readable.has(key) ? value : '********'
+  }
   return Object.entries(values)
     .filter(([key, value]) => old[key] !== value)
     .map(([key, value]) => `${key}: ${shown(key, old[key])} -> ${shown(key, value)}`)
 }
 
-function shown(key: string, value: string | undefined): string {
-  if (value === undefined) return '(not there)'
-  if (value === '') return '(empty)'
-  return /PASSWORD|SECRET|KEY|SALT|TOKEN|CREDENTIAL|DSN|URL/i.test(key) ? '********' : value
-}
-
 /** Beside the legacy one, but not among the engine's own volumes; no default, so that it counts as set. */
 export async function freshDatabaseFolder({ database }: Legacy): Promise<string> {
-  const isVolume = database.folder.endsWith('/_data')
-  const folder = isVolume ? parse((await readText(exampleFile)) ?? '').POSTGRES_VOLUME : database.folder
+  const folder = database.isVolume
+    ? parse((await readText(exampleFile)) ?? '').POSTGRES_VOLUME
+    : database.folder
   return `${(folder ?? '').replace(/\/+$/, '')}-migrated`
 }
 
-export function networksOf({ services }: Legacy): string[] {
+function networksOf({ services }: Legacy): string[] {
   return [services.strapi, services.postgresql, services.redis].flatMap(({ container }) =>
     Object.keys(container.NetworkSettings.Networks),
   )
@@ -157,10 +189,4 @@ function withoutNames(text: string): string {
 
 function absolute(folder: string, path: string): string {
   return path.startsWith('.') ? resolve(folder, path) : path
-}
-
-function samePath(one: string, other: string): boolean {
-  return isAbsolute(one)
-    ? resolve(one) === resolve(other)
-    : resolve(projectRoot, 'docker', one) === resolve(other)
 }

@@ -1,6 +1,6 @@
 /** The steps of the migration: each says by looking whether it is done, does it, and may be killed and repeated at any moment. */
 import { existsSync } from 'node:fs'
-import { copyFile } from 'node:fs/promises'
+import { copyFile, rename } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { build, pin } from '../actions.mts'
 import { run } from '../command.mts'
@@ -12,11 +12,11 @@ import { megabytes } from '../data/room.mts'
 import { setFolder } from '../data/sets.mts'
 import { rememberVerified } from '../data/verified.mts'
 import * as engine from '../engine.mts'
-import { readText, setValues, writeEnv } from '../envfile.mts'
-import { makeFolders } from '../folders.mts'
+import { readEnv, readText } from '../envfile.mts'
+import { isSameFolder, makeFolders } from '../folders.mts'
 import { imageOf, isReleaseName, newReleaseName } from '../releases.mts'
-import { alive, detail, warn } from '../report.mts'
-import { loadSite } from '../settings.mts'
+import { alive, detail, exitCodes, interrupted, Problem, warn } from '../report.mts'
+import { appSecrets } from '../secrets.mts'
 import { differences as nginxDifferences } from '../traffic.mts'
 import { reasonToDump, sortingOf, untilReady, usedLocales } from './database.mts'
 import { note, notes } from './journal.mts'
@@ -24,7 +24,7 @@ import type { Legacy } from './look.mts'
 import type { Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
 import { differences, freshDatabaseFolder, writeSettings } from './settings.mts'
-import { isSwitched, legacyView, sharesData, switchOver, uploadsOwner } from './switch.mts'
+import { isSwitched, legacyView, removeNew, switchOver, uploadsOwner } from './switch.mts'
 import { copyUploads, newProgress } from './uploads.mts'
 
 export interface Step {
@@ -33,7 +33,8 @@ export interface Step {
   title: string
   /** What a dry run says. */
   plan: (migration: Migration) => string | Promise<string>
-  isDone: (migration: Migration) => Promise<boolean>
+  /** Missing where to look costs as much as to do it. */
+  isDone?: (migration: Migration) => Promise<boolean>
   act: (migration: Migration) => Promise<void>
 }
 
@@ -50,9 +51,8 @@ export const preparation: Step[] = [
   {
     name: 'settings',
     title: 'Write the settings of the new set-up',
-    plan: describeSettings,
-    isDone: async (migration) =>
-      (await changes(migration)).length === 0 && existsSync(migration.site.folders.postgres),
+    plan: async (migration) => ['write, secrets masked:', ...(await changes(migration))].join('\n'),
+    isDone: areSettingsDone,
     act: async (migration) => {
       for (const line of await changes(migration)) detail(line)
       migration.site = await writeSettings(migration.envFile, migration.legacy, migration.settings)
@@ -64,15 +64,12 @@ export const preparation: Step[] = [
     title: 'Copy the uploads, while the legacy site runs',
     plan: ({ legacy, site }) =>
       `copy ${legacy.uploads} to ${site.folders.uploads}, and compare the SHA-256 of each file`,
-    // A pass over what is the same costs as much as to see that it is.
-    isDone: async () => false,
     act: copyAll,
   },
   {
     name: 'build',
-    title: 'Build the new images, start nothing that collides',
+    title: 'Build the new images, make the containers, start nothing that collides',
     plan: ({ site }) => `build ${site.image} from ${site.source}, PostgreSQL and Redis`,
-    isDone: isBuilt,
     act: buildAll,
   },
 ]
@@ -82,8 +79,8 @@ export const impact: Step[] = [
   {
     name: 'switch',
     title: 'Switch: stop the legacy set-up, start the new one on its data',
-    plan: ({ legacy, site }) =>
-      `stop ${legacy.folder}, copy the uploads that have changed, start PostgreSQL, Redis and strapi-master on ${site.folders.postgres}`,
+    plan: ({ legacy }) =>
+      `stop ${legacy.folder}, copy the uploads that have changed, start PostgreSQL, Redis and strapi-master`,
     isDone: isSwitched,
     act: switchOver,
   },
@@ -113,12 +110,15 @@ async function hasBackup({ site }: Migration): Promise<boolean> {
 /** Through the code of data.mts: one state, read back. The copies beside the files are those of the runbook. */
 async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
   await makeFolders(site)
-  for (const path of [
+  const beside = [
     ...legacy.composeFiles,
     join(legacy.folder, '.env'),
     join(legacy.folder, 'strapi/Dockerfile'),
-  ])
-    if (existsSync(path) && !existsSync(`${path}.backup`)) await copyFile(path, `${path}.backup`)
+  ]
+  for (const path of beside.filter((one) => existsSync(one) && !existsSync(`${one}.backup`))) {
+    await copyFile(path, `${path}.backup.new`)
+    await rename(`${path}.backup.new`, `${path}.backup`)
+  }
   const { live } = legacy.database
   if (!live) throw new Error('the legacy PostgreSQL does not run')
   const ended = await endSessions(live.server)
@@ -141,6 +141,14 @@ function configFiles(legacy: Legacy, nginx: LegacyNginx): ConfigFile[] {
   return files.filter(([, path]) => existsSync(path))
 }
 
+async function areSettingsDone(migration: Migration): Promise<boolean> {
+  const { site } = migration
+  const application = (await readEnv(join(site.source, '.env'))) ?? {}
+  const isComplete =
+    appSecrets.every((key) => application[key]) && existsSync(join(site.source, 'package.json'))
+  return isComplete && existsSync(site.folders.postgres) && (await changes(migration)).length === 0
+}
+
 async function changes({ envFile, settings }: Migration): Promise<string[]> {
   const files: [string, string][] = [
     [envFile, settings.docker],
@@ -148,90 +156,73 @@ async function changes({ envFile, settings }: Migration): Promise<string[]> {
   ]
   const lines = await Promise.all(
     files.map(async ([path, text]) =>
-      differences(await readText(path), text).map((line) => `${path}: ${line}`),
+      (await differences(await readText(path), text)).map((line) => `${path}: ${line}`),
     ),
   )
   return lines.flat()
 }
 
-async function describeSettings(migration: Migration): Promise<string> {
-  return ['write, secrets masked:', ...(await changes(migration))].join('\n')
-}
-
 async function copyAll({ legacy, site }: Migration): Promise<void> {
   const progress = newProgress()
-  const copied = await alive(
+  const options = { removesOthers: true, progress, signal: interrupted }
+  const { files, copied, bytes } = await alive(
     () => `${progress.files} files looked at, ${megabytes(progress.bytes)} copied`,
-    () => copyUploads(legacy.uploads, site.folders.uploads, uploadsOwner, { removesOthers: true, progress }),
+    () => copyUploads(legacy.uploads, site.folders.uploads, uploadsOwner, options),
   )
-  detail(
-    `${copied.files} files: ${copied.copied} copied (${megabytes(copied.bytes)}), the SHA-256 of each compared`,
-  )
+  detail(`${files} files: ${copied} copied (${megabytes(bytes)}), the SHA-256 of each compared`)
 }
 
-async function isBuilt({ site }: Migration): Promise<boolean> {
-  if (!isReleaseName(site.release) || (await imageOf(site, site.release)) === undefined) return false
-  const made = await Promise.all(
-    ['postgresql', 'redis'].map((service) => engine.serviceContainers(site.project, service)),
-  )
-  return (
-    made.every((containers) => containers.length > 0) &&
-    (await engine.container(site.slots['strapi-master'].container)) !== undefined
-  )
-}
-
-/** The release is written down only once all of it is there. */
 async function buildAll(migration: Migration): Promise<void> {
-  const release = await newReleaseName(migration.site)
-  await build(migration.site, release)
+  const { site } = migration
+  if (isReleaseName(site.release) && (await imageOf(site, site.release)) !== undefined)
+    detail(`${site.image}:${site.release} is there already`)
+  else {
+    const release = await newReleaseName(site)
+    await build(site, release)
+    await pin(site, release)
+  }
   await alive(
     () => 'building PostgreSQL and Redis',
-    () => run(compose.buildServices(migration.site), { timeoutMs: 3_600_000, env: { DOCKER_BUILDKIT: '1' } }),
+    () => run(compose.buildServices(site), { timeoutMs: 3_600_000, env: { DOCKER_BUILDKIT: '1' } }),
   )
-  await chooseDatabaseFolder(migration)
-  const { site } = migration
-  await removeIdle(migration)
-  await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: release } })
-  if (!sharesData(migration)) await startFreshDatabase(migration)
-  await pin(site, release)
+  const reason = await reasonNotToShare(migration)
+  detail(
+    reason === undefined
+      ? 'the new PostgreSQL takes the data over as it is'
+      : `${reason}: the database goes to ${site.folders.postgres} by dump and restore; the old one is kept`,
+  )
+  await makeContainers(migration, reason === undefined)
 }
 
-/** The legacy folder, as long as its texts sort the same under the new PostgreSQL. */
-async function chooseDatabaseFolder(migration: Migration): Promise<void> {
-  const { legacy, envFile } = migration
-  if (!sharesData(migration))
-    return detail('POSTGRES_VOLUME is another folder: the database goes there by dump and restore')
+/** The order of texts, and who owns what, must not change under the data. @throws Problem when there is no way at all */
+async function reasonNotToShare({ site, legacy }: Migration): Promise<string | undefined> {
+  const { database } = legacy
   const [from, to, used] = await Promise.all([
     sortingOf(legacy.services.postgresql.container.Image),
-    sortingOf(`${migration.site.values.CONTAINER_PREFIX || 'bob-'}postgresql`),
+    sortingOf(`${site.values.CONTAINER_PREFIX || 'bob-'}postgresql`),
     usedLocales(legacy),
   ])
-  const reason = reasonToDump(from, to, used)
-  if (reason === undefined) return detail('the new PostgreSQL takes the data over as it is')
-  const text = setValues((await readText(envFile)) ?? '', {
-    POSTGRES_VOLUME: await freshDatabaseFolder(legacy),
-  })
-  await writeEnv(envFile, text)
-  migration.site = await loadSite(envFile)
-  await makeFolders(migration.site)
-  detail(
-    `${reason}: the database goes to ${migration.site.folders.postgres} by dump and restore; the old folder is kept`,
-  )
+  if (to.major < from.major)
+    throw new Problem(
+      exitCodes.usage,
+      `the data is of PostgreSQL ${from.major}, and ${site.values.POSTGRES_IMAGE} is PostgreSQL ${to.major}; visitors are served as before`,
+      `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${from.major} or newer.`,
+    )
+  if (database.isVolume) return 'the data is in a volume of the engine, not in a folder'
+  if (site.database.name !== database.name || site.database.user !== database.user)
+    return 'Strapi gets a database and a user of its own'
+  if (!isSameFolder(site.folders.postgres, await freshDatabaseFolder(legacy)))
+    return 'POSTGRES_VOLUME is another folder'
+  return reasonToDump(from, to, used)
 }
 
-/** What an earlier run made with other settings; what runs already is left. */
-async function removeIdle({ site }: Migration): Promise<void> {
-  const services = await Promise.all(
-    ['strapi-master', 'postgresql', 'redis'].map((service) =>
-      engine.serviceContainers(site.project, service),
-    ),
-  )
-  for (const { Id, State } of services.flat()) if (State.Status !== 'running') await run(['docker', 'rm', Id])
-}
-
-async function startFreshDatabase({ site }: Migration): Promise<void> {
+/** All of them, as the settings are now; none is started, but PostgreSQL in a folder of its own. */
+async function makeContainers({ site, legacy }: Migration, isShared: boolean): Promise<void> {
+  await removeNew(site)
+  const volume = isShared ? { POSTGRES_VOLUME: legacy.database.folder } : undefined
+  await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release, ...volume } })
+  if (isShared) return
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
-  if (!postgresql) throw new Error('the new PostgreSQL has no container')
-  await run(['docker', 'start', postgresql.Id])
-  await untilReady(postgresql.Id, ['pg_isready', '--quiet', '--host=127.0.0.1'])
+  await run(['docker', 'start', postgresql?.Id ?? ''])
+  await untilReady(postgresql?.Id ?? '', ['pg_isready', '--quiet', '--host=127.0.0.1'])
 }

@@ -1,8 +1,9 @@
 /** The moment that visitors notice: the legacy services stop, the new ones start on the same data. If any of it fails, back. */
 import { existsSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
-import { start as startSlot } from '../actions.mts'
-import { run } from '../command.mts'
+import { join } from 'node:path'
+import { logTail } from '../actions.mts'
+import { ask, run } from '../command.mts'
 import * as compose from '../compose.mts'
 import { makeBackup, type Origin } from '../data/backup.mts'
 import { readDatabases } from '../data/databases.mts'
@@ -10,47 +11,65 @@ import { restoreSet } from '../data/restore.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { differentRows } from '../data/verify.mts'
 import * as engine from '../engine.mts'
-import { strapiUid } from '../folders.mts'
+import { readText, setValues, writeEnv } from '../envfile.mts'
+import { isSameFolder, strapiUid } from '../folders.mts'
 import { smoke, untilHealthy } from '../health.mts'
-import { remember } from '../history.mts'
+import { readHistory, remember } from '../history.mts'
 import { imageOf } from '../releases.mts'
-import { addToResult, alive, detail, exitCodes, explain, interrupted, Problem, warn } from '../report.mts'
+import {
+  addToResult,
+  alive,
+  detail,
+  exitCodes,
+  explain,
+  interrupted,
+  pause,
+  Problem,
+  warn,
+} from '../report.mts'
 import { readSchema } from '../schema.mts'
-import { scriptCommand, type Site } from '../settings.mts'
+import { composeCommand, loadSite, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import * as containers from './containers.mts'
 import { adoptRoles, countRows, untilReady } from './database.mts'
 import { note, notes } from './journal.mts'
-import type { Legacy } from './look.mts'
-import type { Migration } from './migration.mts'
+import { inStartOrder, type Legacy } from './look.mts'
+import { wasStarted, type Migration } from './migration.mts'
 import { restoreNginx } from './nginx.mts'
 import { copyRedis } from './redis.mts'
+import { freshDatabaseFolder } from './settings.mts'
 import { copyUploads, endCopy } from './uploads.mts'
 
 export const uploadsOwner = { uid: strapiUid, gid: strapiUid }
 
 /** The legacy site as something that a backup can be made of. */
-export function legacyView(site: Site, legacy: Legacy): Site {
-  return { ...site, source: legacy.source, folders: { ...site.folders, uploads: legacy.uploads } }
+export function legacyView(site: Site, { source, uploads, database: { name, user } }: Legacy): Site {
+  return { ...site, source, folders: { ...site.folders, uploads }, database: { name, user } }
 }
 
-/** Whether the new PostgreSQL works in the folder of the legacy one. */
-export function sharesData({ site, legacy }: Migration): boolean {
-  return site.folders.postgres === legacy.database.folder
+/** Whether the new PostgreSQL works in the folder of the legacy one: as its container was made. */
+export async function sharesData({ site, legacy }: Migration): Promise<boolean> {
+  const [made] = await engine.serviceContainers(site.project, 'postgresql')
+  const folders = made ? made.Mounts.map(({ Source }) => Source) : [site.folders.postgres]
+  return folders.some((folder) => isSameFolder(folder, legacy.database.folder))
 }
 
-/** The new master serves, and nothing of the legacy set-up runs. */
-export async function isSwitched({ site, legacy }: Migration): Promise<boolean> {
-  const { master } = await observe(site)
-  return master.status === 'healthy' && (await containers.runningServices(legacy)).length === 0
+/** The new Strapi serves, and nothing of the legacy set-up runs. */
+export async function isSwitched({ site, legacy, stage }: Migration): Promise<boolean> {
+  if (stage !== 'served' || (await containers.runningServices(legacy)).length > 0) return false
+  const { master, slave } = await observe(site)
+  return master.status === 'healthy' || slave.status === 'healthy'
 }
 
 export async function switchOver(migration: Migration): Promise<void> {
-  const { site, legacy } = migration
+  if (migration.stage === 'served') return await startAgain(migration)
+  const { legacy } = migration
   const startedAt = Date.now()
   try {
+    if (migration.stage === 'legacy') await noteService(migration)
     // First of all, so that a killed run is seen to have begun, and nobody starts it again by hand.
     await containers.retireFiles(legacy)
+    migration.stage = 'switching'
     detail('stopping the legacy Strapi')
     await containers.stopStrapi(legacy)
     detail('moving database, Redis and uploads over')
@@ -62,20 +81,66 @@ export async function switchOver(migration: Migration): Promise<void> {
     ])
     interrupted.throwIfAborted()
     detail('starting strapi-master')
-    await startMaster(site)
+    await startMaster(migration.site)
   } catch (error) {
     throw await wentWrong(migration, error)
   }
+  migration.stage = 'served'
   const outageMs = Date.now() - startedAt
-  await containers.renameRetired(legacy)
-  await note(site, { outageMs })
-  await remember(site, { release: site.release, result: 'done' }, await readSchema(site))
-  if ((site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit'))
-    await run(compose.startServices(site, ['livekit'])).catch((error: unknown) =>
-      warn(`LiveKit: ${explain(error)}`),
-    )
+  await note(migration.site, { outageMs })
   addToResult({ outageMs })
   detail(`the site was off for ${(outageMs / 1000).toFixed(1)} s`)
+}
+
+/** What a way back needs to know, and what cannot be seen any more when it is out of service. */
+async function noteService({ site, legacy }: Migration): Promise<void> {
+  const policies = Object.fromEntries(inStartOrder(legacy).map(({ name, restart }) => [name, restart]))
+  const { uid, gid } = await stat(join(legacy.database.folder, 'PG_VERSION'))
+  await note(site, { policies, dataOwner: `${uid}:${gid}`, rows: null, areRowsSame: false })
+}
+
+/** What is not worth an outage: names, LiveKit, the history. Repeated until it is done. */
+export async function settle(migration: Migration): Promise<void> {
+  const { site, legacy } = migration
+  await containers.renameRetired(legacy)
+  if ((site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit'))
+    await run(compose.startServices(site, ['livekit']), { timeoutMs: 1_800_000 })
+  const isKnown = (await readHistory(site)).some(({ release }) => release === site.release)
+  if (!isKnown) await remember(site, { release: site.release, result: 'done' }, await readSchema(site))
+}
+
+/** The new Strapi has served before: everything is there, and only has to run. */
+async function startAgain({ site, legacy }: Migration): Promise<void> {
+  const back = scriptCommand('migrate', site.envFile, '--rollback')
+  const running = await containers.runningServices(legacy)
+  if (running.length > 0)
+    throw new Problem(
+      exitCodes.degraded,
+      `a way back was begun: ${running.map(({ name }) => name).join(', ')} of the legacy set-up run; nothing was changed`,
+      `End it: ${back}`,
+    )
+  for (const service of ['postgresql', 'redis'])
+    await run(['docker', 'start', await containerOf(site, service)])
+  const { master, slave } = await observe(site)
+  if ([master, slave].every(({ status }) => status === 'stopped' || status === 'absent'))
+    await run(compose.start(site, 'strapi-master'))
+  const deadline = Date.now() + site.health.timeoutMs
+  await alive(
+    () => 'waiting for strapi-master',
+    async () => {
+      for (;;) {
+        const now = await observe(site)
+        if (now.master.status === 'healthy' || now.slave.status === 'healthy') return
+        if (Date.now() > deadline)
+          throw new Problem(
+            exitCodes.degraded,
+            `the new set-up has served before, and does not now: strapi-master is ${now.master.status}`,
+            `Look at: ${composeCommand(site, 'logs strapi-master')}\nBack to the legacy set-up: ${back}`,
+          )
+        await pause(200)
+      }
+    },
+  )
 }
 
 /** Lets all of them end before the first failure counts: what undoes them must not race with them. */
@@ -87,37 +152,70 @@ async function all(actions: Promise<unknown>[]): Promise<void> {
 }
 
 async function moveDatabase(migration: Migration): Promise<void> {
-  const { site, legacy } = migration
-  const postgresql = await serviceOf(site, 'postgresql')
-  if (sharesData(migration)) {
-    const rows = await countRows(legacy)
-    if (rows) await note(site, { rows })
-    await containers.stopPostgresql(legacy)
-    await run(['docker', 'start', postgresql])
-    await untilReady(postgresql, ['pg_isready', '--quiet', '--host=127.0.0.1'])
-    await adoptRoles(postgresql, legacy)
-  } else {
-    await dumpAndRestore(migration, postgresql)
-    await containers.stopPostgresql(legacy)
-  }
-  await compareRows(site, postgresql)
-}
-
-/** Through the code of data.mts. What an earlier run restored counts only if nobody can have written since. */
-async function dumpAndRestore({ site, legacy }: Migration, postgresql: string): Promise<void> {
+  const { legacy } = migration
+  const postgresql = await containerOf(migration.site, 'postgresql')
   const isRunning =
     (await engine.container(legacy.services.postgresql.container.Id))?.State.Status === 'running'
-  const { live } = await readDatabases(site, postgresql)
-  if (!isRunning && live?.restoredBy !== undefined) return
-  if (!legacy.database.live)
+  if (await sharesData(migration)) {
+    if (isRunning) await note(migration.site, await countRows(legacy))
+    await containers.stopPostgresql(legacy)
+    await refuseSecondServer(migration, postgresql)
+    await writeDatabaseFolder(migration, legacy.database.folder)
+    await startPostgresql(postgresql)
+    await adoptRoles(postgresql, legacy)
+  } else {
+    await startPostgresql(postgresql)
+    if (isRunning || !(await isRestored(migration, postgresql)))
+      await dumpAndRestore(migration, postgresql, isRunning)
+    await containers.stopPostgresql(legacy)
+  }
+  await compareRows(migration.site, postgresql)
+}
+
+async function startPostgresql(containerId: string): Promise<void> {
+  await run(['docker', 'start', containerId])
+  await untilReady(containerId, ['pg_isready', '--quiet', '--host=127.0.0.1'])
+}
+
+/** Its lock file does not hold between containers. @throws Error */
+async function refuseSecondServer({ legacy }: Migration, own: string): Promise<void> {
+  const mounts = await engine.mountsInUse()
+  const other = mounts.find(({ id, folder }) => id !== own && isSameFolder(folder, legacy.database.folder))
+  if (other) throw new Error(`${other.container} works in ${legacy.database.folder}, too`)
+}
+
+/** Only now: as long as the legacy PostgreSQL ran there, no `up` by hand may have started a second one. */
+async function writeDatabaseFolder(migration: Migration, folder: string): Promise<void> {
+  const { envFile } = migration
+  await writeEnv(envFile, setValues((await readText(envFile)) ?? '', { POSTGRES_VOLUME: folder }))
+  migration.site = await loadSite(envFile)
+}
+
+async function isRestored({ site }: Migration, postgresql: string): Promise<boolean> {
+  const { restoredSet } = await notes(site)
+  return Boolean(restoredSet) && (await readDatabases(site, postgresql)).live?.fromSet === restoredSet
+}
+
+/** Through the code of data.mts. */
+async function dumpAndRestore(
+  { site, legacy }: Migration,
+  postgresql: string,
+  isRunning: boolean,
+): Promise<void> {
+  const { live } = legacy.database
+  if (!isRunning || !live)
     throw new Error('the legacy PostgreSQL does not run, and its data is not in the new one yet')
-  const origin: Origin = { server: legacy.database.live.server, configFiles: [] }
+  const origin: Origin = { server: live.server, configFiles: [] }
   const { name, manifest } = await makeBackup(legacyView(site, legacy), ['database'], origin)
-  await note(site, { rows: manifest.database?.rows ?? {} })
+  await note(site, { rows: manifest.database?.rows ?? {}, restoredSet: name })
+  // No Strapi has seen it: what is there is empty, or a copy that was not used.
+  await run(
+    compose.query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${site.database.name}" WITH (FORCE)`),
+  )
   await restoreSet(site, {
     set: name,
     parts: ['database'],
-    accept: ['other-secrets'],
+    accept: ['other-secrets', 'other-schema'],
     isAgreed: true,
     isNewHost: true,
     sortsAsServer: true,
@@ -136,7 +234,7 @@ async function compareRows(site: Site, postgresql: string): Promise<void> {
 }
 
 async function moveRedis({ site, legacy }: Migration): Promise<void> {
-  const redis = await serviceOf(site, 'redis')
+  const redis = await containerOf(site, 'redis')
   if ((await engine.container(redis))?.State.Status !== 'running') {
     await containers.stopRedis(legacy)
     await copyRedis(site, legacy)
@@ -155,11 +253,8 @@ async function copyLastUploads({ site, legacy }: Migration): Promise<void> {
 async function startMaster(site: Site): Promise<void> {
   const imageId = await imageOf(site, site.release)
   if (imageId === undefined) throw new Error(`there is no image ${site.image}:${site.release}`)
-  const found = await engine.container(site.slots['strapi-master'].container)
   // Made beforehand, when nobody waited for it.
-  if (found?.State.Status === 'created' && found.Image === imageId)
-    await run(compose.start(site, 'strapi-master'))
-  else await startSlot(site, 'strapi-master', site.release)
+  await run(compose.start(site, 'strapi-master'))
   await alive(
     () => 'waiting for strapi-master',
     () => untilHealthy(site, 'strapi-master', imageId),
@@ -167,7 +262,7 @@ async function startMaster(site: Site): Promise<void> {
   await smoke(site, 'strapi-master')
 }
 
-async function serviceOf(site: Site, service: string): Promise<string> {
+async function containerOf(site: Site, service: string): Promise<string> {
   const [found] = await engine.serviceContainers(site.project, service)
   if (!found) throw new Error(`${service} has no container: it is made in the step before`)
   return found.Id
@@ -176,53 +271,59 @@ async function serviceOf(site: Site, service: string): Promise<string> {
 /** The legacy set-up serves again by itself, or a person is told. */
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
-  const log = await run(compose.logs(site, 'strapi-master', 20)).catch(() => '')
-  const again = scriptCommand('migrate', envFile, `--from ${legacy.folder}`)
+  const log = await logTail(site, 'strapi-master')
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
   try {
     await goBack(migration)
   } catch (failure) {
-    warn(explain(failure))
     return new Problem(
       exitCodes.degraded,
-      'the switch failed, and the legacy set-up could not be brought back: visitors are not served',
-      `Try: ${scriptCommand('migrate', envFile, `--rollback --from ${legacy.folder}`)}`,
+      `the switch did not go through, and the legacy set-up is not wholly back: ${explain(failure)}`,
+      `Mend that, then: ${scriptCommand('migrate', envFile, '--rollback')}`,
       error,
     )
   }
   return new Problem(
     interrupted.aborted ? exitCodes.interrupted : exitCodes.failed,
-    `the switch did not go through; the legacy set-up serves again, nothing is lost${log ? `\n${log.trimEnd()}` : ''}`,
-    `Then: ${again}`,
+    `the switch did not go through; the legacy set-up serves again with all its data${log ? `\n${log.trimEnd()}` : ''}`,
+    `Logs of the new containers: ${logsFolder(site)}\nThen: ${scriptCommand('migrate', envFile, `--from ${legacy.folder}`)}`,
     error,
   )
 }
 
 /**
- * Out of service: everything new. In service: everything legacy, seen to answer.
- * @throws Error or Problem when it does not
+ * Out of service: everything new. In service: everything legacy, seen to answer. Repeated, it goes on; not stopped by an
+ * interruption.
+ * @throws Error with all that did not go well, at the end
  */
 export async function goBack(migration: Migration): Promise<void> {
   const { site, legacy } = migration
+  const failures: string[] = []
+  const tolerate = async (action: Promise<unknown>) =>
+    await action.catch((error: unknown) => void failures.push(explain(error)))
+  const isShared = await sharesData(migration)
   const hasServed = await wasStarted(site)
-  await removeNew(site)
-  if (sharesData(migration)) await giveBackFolder(legacy)
-  if (hasServed) await copyUploadsBack(migration)
-  await restoreNginx(site)
+  await keepLogs(site)
+  await stopNew(site)
+  if (isShared) {
+    await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
+    const { dataOwner } = await notes(site)
+    if (dataOwner) await tolerate(run(['chown', '-R', dataOwner, legacy.database.folder]))
+  }
   await containers.bringBack(legacy)
+  // While the legacy Strapi builds.
+  if (isShared && hasServed) await tolerate(copyUploadsBack(migration))
+  await tolerate(restoreNginx(site))
   await containers.untilServing(legacy)
+  if (failures.length > 0) throw new Error(failures.join('; '))
+  await containers.bringFilesBack(legacy)
+  migration.stage = 'legacy'
+  await removeNew(site)
 }
 
-/** Whether the new Strapi may have taken something from visitors. */
-export async function wasStarted(site: Site): Promise<boolean> {
-  const found = await engine.container(site.slots['strapi-master'].container)
-  return found !== undefined && found.State.Status !== 'created'
-}
-
-/** Where both use one database, its rows refer to them. What is older there is in the set that was made before. */
-export async function copyUploadsBack(migration: Migration): Promise<void> {
-  const { site, legacy } = migration
-  if (!sharesData(migration)) return
+/** Both use one database, and its rows refer to them. What is older there is in the set that was made before. */
+async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
+  if (!existsSync(site.folders.uploads)) return
   const { uid, gid } = await stat(legacy.uploads)
   const { copied } = await copyUploads(
     site.folders.uploads,
@@ -234,31 +335,40 @@ export async function copyUploadsBack(migration: Migration): Promise<void> {
   if (copied > 0) detail(`${copied} uploads copied back`)
 }
 
-/** Containers only: volumes and folders stay. PostgreSQL gets the time to end well. */
-async function removeNew(site: Site): Promise<void> {
-  for (const service of ['strapi-slave', 'strapi-master', 'livekit', 'redis', 'postgresql'])
-    for (const { Id, State } of await engine.serviceContainers(site.project, service)) {
-      if (State.Status === 'running') await run(['docker', 'stop', '--time', '60', Id])
-      await run(['docker', 'rm', '--force', Id])
-    }
+const newServices = ['strapi-slave', 'strapi-master', 'livekit', 'redis', 'postgresql']
+
+async function newContainers(site: Site): Promise<engine.Container[]> {
+  return (
+    await Promise.all(newServices.map((service) => engine.serviceContainers(site.project, service)))
+  ).flat()
 }
 
-/** The user postgres has another number in another image. */
-async function giveBackFolder({ database, services }: Legacy): Promise<void> {
-  if (!existsSync(database.folder)) throw new Error(`${database.folder} is gone`)
-  const image = services.postgresql.container.Image
-  const mount = `--volume=${database.folder}:/data`
-  await run([
-    'docker',
-    'run',
-    '--rm',
-    '--network=none',
-    '--user=0',
-    mount,
-    '--entrypoint=chown',
-    image,
-    '-R',
-    'postgres:postgres',
-    '/data',
-  ])
+/** PostgreSQL gets the time to end well. */
+async function stopNew(site: Site): Promise<void> {
+  for (const { Id, State } of await newContainers(site))
+    if (State.Status !== 'created' && State.Status !== 'exited')
+      await run(['docker', 'stop', '--time', '60', Id])
+}
+
+/** Containers only: volumes and folders stay. */
+export async function removeNew(site: Site): Promise<void> {
+  for (const { Id } of await newContainers(site)) await run(['docker', 'rm', '--force', Id])
+}
+
+function logsFolder(site: Site): string {
+  return join(site.stateDir, 'logs')
+}
+
+/** Their containers are removed, and somebody will want to know. */
+async function keepLogs(site: Site): Promise<void> {
+  await run(['mkdir', '--parents', '--mode=700', logsFolder(site)])
+  for (const { Id, Name, State } of await newContainers(site))
+    if (State.Status !== 'created')
+      await ask([
+        'sh',
+        '-c',
+        'umask 077; exec docker logs "$1" > "$0" 2>&1',
+        join(logsFolder(site), `${Name.slice(1)}.log`),
+        Id,
+      ])
 }

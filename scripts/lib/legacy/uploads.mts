@@ -1,11 +1,10 @@
 /** Copies the uploads to their own folder, again and again until nothing differs. The source is only read. */
 import { createHash } from 'node:crypto'
 import { constants, createReadStream, lstatSync, statSync, type Stats } from 'node:fs'
-import { chown, copyFile, lstat, mkdir, readdir, rename, rm, rmdir, utimes } from 'node:fs/promises'
+import { chmod, chown, copyFile, lstat, mkdir, readdir, rename, rm, rmdir, utimes } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { filesBelow } from '../data/uploads.mts'
 import { ownFolder, unsafeName } from '../data/untar.mts'
-import { interrupted } from '../report.mts'
 
 /** Files that are copied and not yet known to be right. A target that has it was begun by us. */
 const staging = `${ownFolder}/migration`
@@ -63,13 +62,13 @@ export async function copyUploads(
   from: string,
   to: string,
   owner: { uid: number; gid: number },
-  options: { removesOthers: boolean; progress?: Copied },
+  options: { removesOthers: boolean; progress?: Copied; signal?: AbortSignal },
 ): Promise<Copied> {
   const done = options.progress ?? newProgress()
   await makeFolder(join(to, staging), owner)
   const seen = new Set<string>()
   for await (const name of filesBelow(from)) {
-    interrupted.throwIfAborted()
+    options.signal?.throwIfAborted()
     const source = statSync(join(from, name), { throwIfNoEntry: false })
     if (!source?.isFile()) continue
     seen.add(name)
@@ -133,6 +132,8 @@ async function copyOne(
     const isSteady = after !== undefined && after.size === before.size && after.mtimeMs === before.mtimeMs
     if (isSteady && sum === copySum) {
       await chown(temporary, owner.uid, owner.gid)
+      // nginx reads it, where a Strapi that was root did.
+      await chmod(temporary, (before.mode & 0o777) | 0o444)
       await utimes(temporary, before.atimeMs / 1000, before.mtimeMs / 1000)
       await makeFolder(dirname(target), owner)
       await rename(temporary, target)

@@ -4,12 +4,14 @@ import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
+import { startServices } from '../scripts/lib/actions.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText } from '../scripts/lib/envfile.mts'
 import { legacyCompose } from '../example/legacy.mts'
+import { loadSite } from '../scripts/lib/settings.mts'
 import { isAnswered, sumsOf, tinyLegacy, untilAnswered, worldOf, type LegacyTest } from './legacy.mts'
 import { mustSucceed, resultOf } from './harness.mts'
 
@@ -302,12 +304,11 @@ describe('a migration', () => {
     await legacy.site.behave({})
   })
 
-  test.each(['look', 'backup', 'settings', 'uploads', 'build'])(
-    'that stops after %s has changed nothing for visitors, and goes back to exactly that',
+  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch', 'nginx'])(
+    'that stops after %s goes back to exactly what was',
     async (step) => {
-      const { stdout } = await mustSucceed(legacy.migrate('--until', step))
-      expect(stdout).not.toContain('6/8')
-      expect(await isAnswered(legacy.own.url)).toBe(true)
+      const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))
+      expect(stdout).not.toContain('8/8')
       await mustSucceed(legacy.migrate('--rollback', '--yes'))
       await expectLegacy()
       expect(await legacy.sql(allRows)).toBe(rows)
@@ -320,57 +321,70 @@ describe('a migration', () => {
   }
 })
 
-/** Killed when it says this, so many milliseconds later. */
-const kills: [string, string, number, string[]?][] = [
-  ['in the backup', 'dumping database.dump', 100],
-  ['while it writes settings', 'Write the settings of the new set-up', 50],
-  ['while it builds', 'Build the new images, make the containers', 600],
-  ['while the legacy Strapi stops', 'stopping the legacy Strapi', 50],
-  ['while the databases change', 'moving database, Redis and uploads over', 100],
-  ['while PostgreSQL starts', 'moving database, Redis and uploads over', 900],
-  ['while Strapi starts', 'starting strapi-master', 100],
-  ['at nginx', 'nginx: the new site in place of the legacy one', 60],
-  ['in the list', 'Check list', 100],
+/** What it says when it is killed, and so many milliseconds later. */
+const points: [string, number][] = [
+  ['archiving the uploads', 50],
+  ['dumping database.dump', 100],
+  ['Write the settings of the new set-up', 50],
+  ['copied the application', 20],
+  ['Copy the uploads', 10],
+  ['Build the new images', 300],
+  ['Build the new images', 2500],
+  ['stopping the legacy Strapi', 50],
+  ['moving database, Redis and uploads over', 100],
+  ['moving database, Redis and uploads over', 900],
+  ['starting strapi-master', 100],
+  ['nginx: the new site in place of the legacy one', 60],
+  ['Check list', 100],
 ]
+/** Those in the outage, each from the beginning. */
+const alone = points.slice(7, 11)
 
 describe('killed with -9', () => {
   let rows: string
+  const things = 'SELECT id, name FROM things ORDER BY id'
+
   beforeAll(async () => {
     // On the same data: the harder way.
     await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
+    rows = await legacy.sql(things)
+  })
+  afterEach(async () => {
     await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    rows = await legacy.sql('SELECT id, name FROM things ORDER BY id')
+    await expectLegacy()
+    expect(await legacy.sql(things)).toBe(rows)
   })
 
-  test.each(kills)(
-    '%s: the same command ends the same, and the way back is there',
-    async (_, message, delayMs) => {
+  test('at all points one after the other, the same command comes to the same end', async () => {
+    await rm(join(legacy.own.folder, 'strapi'), { recursive: true })
+    await writeFile(join(legacy.uploads, `new ${Date.now()}.jpg`), 'not copied yet')
+    for (const [message, delayMs] of points) await killAt(['--yes'], message, delayMs)
+    await mustSucceed(legacy.migrate('--yes'))
+    await expectMigrated()
+    expect(await legacy.sql(things, true)).toBe(rows)
+    expect(without(await sumsOf(join(legacy.own.folder, 'uploads')))).toEqual(
+      without(await sumsOf(legacy.uploads)),
+    )
+  })
+
+  test.each(alone)(
+    'at "%s", %i ms later: the same command comes to the same end',
+    async (message, delayMs) => {
       await killAt(['--yes'], message, delayMs)
       await mustSucceed(legacy.migrate('--yes'))
       await expectMigrated()
-      expect(await legacy.sql('SELECT id, name FROM things ORDER BY id', true)).toBe(rows)
-      await mustSucceed(legacy.migrate('--rollback', '--yes'))
-      await expectLegacy()
-      expect(await legacy.sql('SELECT id, name FROM things ORDER BY id')).toBe(rows)
+      expect(await legacy.sql(things, true)).toBe(rows)
     },
   )
 
-  test.each<[string, string, number]>([
-    ['while the new set-up stops', 'Stop the new set-up, start the legacy one', 300],
-    ['while the legacy one starts', 'Stop the new set-up, start the legacy one', 2000],
-  ])('on the way back, %s: the same command brings it back', async (_, message, delayMs) => {
-    await mustSucceed(legacy.migrate('--yes'))
-    await killAt(['--rollback', '--yes'], message, delayMs)
-    await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    await expectLegacy()
-    expect(await legacy.sql('SELECT id, name FROM things ORDER BY id')).toBe(rows)
-  })
-
   test('in the middle of the switch: the way back is there at once', async () => {
     await killAt(['--yes'], 'moving database, Redis and uploads over', 400)
-    await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    await expectLegacy()
-    expect(await legacy.sql('SELECT id, name FROM things ORDER BY id')).toBe(rows)
+  })
+
+  test('on the way back, three times: the same command brings it back', async () => {
+    await mustSucceed(legacy.migrate('--yes'))
+    for (const delayMs of [300, 1200, 2500])
+      await killAt(['--rollback', '--yes'], 'Stop the new set-up, start the legacy one', delayMs)
   })
 
   async function killAt(options: string[], message: string, delayMs: number): Promise<void> {
@@ -383,9 +397,52 @@ describe('killed with -9', () => {
           acted.push(sleep(delayMs).then(() => void child.kill('SIGKILL')))
       },
     )
-    expect((await outcome).code, 'it was killed before its end').toBe(null)
+    const { code, stdout } = await outcome
+    expect([code, acted.length], `killed at "${message}"\n${stdout}`).toEqual([null, 1])
     await Promise.all(acted)
   }
+})
+
+describe('once the new Strapi has been started', () => {
+  test('Ctrl-C while it boots brings the legacy site back', async () => {
+    await mustSucceed(legacy.migrate('--until', 'settings'))
+    await legacy.site.behave({ bootMs: 10_000 })
+    const { outcome } = legacy.site.begin('migrate', ['--from', legacy.folder, '--yes'], (event, child) => {
+      if (event.message === 'starting strapi-master') setTimeout(() => child.kill('SIGINT'), 1500)
+    })
+    expect((await outcome).code).toBe(130)
+    await expectLegacy()
+    await legacy.site.behave({})
+  })
+
+  test('what it has taken since is never touched by the same command again, whatever has stopped', async () => {
+    await mustSucceed(legacy.migrate('--yes'))
+    await legacy.sql(`INSERT INTO things (name) VALUES ('only here')`, true)
+    await writeFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'only here')
+    await legacy.sql('DELETE FROM files WHERE id = 3', true)
+    for (const service of ['strapi-master', 'redis', 'postgresql'])
+      for (const { Id } of await engine.serviceContainers(legacy.own.project, service))
+        await run(['docker', 'stop', Id])
+    expect((await statusOf()).state).toBe('down')
+    await mustSucceed(legacy.migrate())
+    await expectMigrated()
+    expect(await legacy.sql(`SELECT count(*) FROM things WHERE name = 'only here'`, true)).toBe('1')
+    expect(await readFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'utf8')).toBe('only here')
+  })
+
+  test('no deploy starts a second PostgreSQL on data that is in use, by whatever name', async () => {
+    await mustSucceed(legacy.migrate('--rollback', '--yes'))
+    const link = join(legacy.own.folder, 'linked')
+    await symlink(join(legacy.folder, '../data/postgresql'), link)
+    await legacy.site.set({ POSTGRES_VOLUME: link })
+    await expect(startServices(await loadSite(legacy.own.envFile))).rejects.toThrow(
+      /a second PostgreSQL there/,
+    )
+    // The migration sees that it is the legacy folder, and keeps away from it until the switch.
+    const { stdout } = await mustSucceed(legacy.migrate('--until', 'build'))
+    expect(stdout).toMatch(/takes the data over as it is/)
+    expect((await readEnv(legacy.own.envFile))?.POSTGRES_VOLUME).toMatch(/-migrated$/)
+  })
 })
 
 test('for good: containers go, data stays, and there is no way back any more', async () => {

@@ -14,7 +14,7 @@ import { rememberVerified } from '../data/verified.mts'
 import * as engine from '../engine.mts'
 import { readEnv, readText } from '../envfile.mts'
 import { isSameFolder, makeFolders } from '../folders.mts'
-import { imageOf, isReleaseName, newReleaseName } from '../releases.mts'
+import { newReleaseName } from '../releases.mts'
 import { alive, detail, exitCodes, interrupted, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { differences as nginxDifferences } from '../traffic.mts'
@@ -174,13 +174,10 @@ async function copyAll({ legacy, site }: Migration): Promise<void> {
 
 async function buildAll(migration: Migration): Promise<void> {
   const { site } = migration
-  if (isReleaseName(site.release) && (await imageOf(site, site.release)) !== undefined)
-    detail(`${site.image}:${site.release} is there already`)
-  else {
-    const release = await newReleaseName(site)
-    await build(site, release)
-    await pin(site, release)
-  }
+  // Also what was built before: somebody may have mended it since. What has not changed comes from the cache.
+  const release = await newReleaseName(site)
+  await build(site, release)
+  await pin(site, release)
   await alive(
     () => 'building PostgreSQL and Redis',
     () => run(compose.buildServices(site), { timeoutMs: 3_600_000, env: { DOCKER_BUILDKIT: '1' } }),

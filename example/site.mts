@@ -111,11 +111,11 @@ export async function nginxPid(site: OwnSite): Promise<number | undefined> {
 
 /** Removes everything that the site made: containers, images, network, volumes, nginx, the folder. */
 export async function removeOwnSite(site: OwnSite): Promise<void> {
+  const pid = await nginxPid(site)
+  if (pid !== undefined) process.kill(pid, 'SIGTERM')
   const settings = await loadSite(site.envFile).catch(() => undefined)
   if (settings) {
     await run(compose(settings, '--profile', '*', 'down', '--volumes', '--remove-orphans', '--timeout', '5'))
-    const pid = await nginxPid(site)
-    if (pid !== undefined) process.kill(pid, 'SIGTERM')
     const images = [
       settings.image,
       `${settings.image}-dev`,

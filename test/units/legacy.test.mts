@@ -199,6 +199,8 @@ describe('uploads are copied', () => {
   })
 
   test('into a folder of somebody else is refused, into one that was begun is not', async () => {
+    expect((await uploadProblems(from, to)).join()).toMatch(/new\.jpg/)
+    await rm(join(from, 'é\nnew.jpg'))
     expect(await uploadProblems(from, to)).toEqual([])
     await copy()
     expect(await uploadProblems(from, to)).toEqual([])

@@ -17,6 +17,7 @@ import {
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
 import { query } from '../scripts/lib/compose.mts'
@@ -180,6 +181,8 @@ describe('a backup', () => {
           await sql(`DELETE FROM files WHERE name = '${name}'`)
           for (const one of [name, `small_${name}`]) await unlink(join(site.folders.uploads, one))
         }
+        // The backups are to be seen at work, not the commands of this.
+        await sleep(100)
       }
     })()
     try {

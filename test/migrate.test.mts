@@ -1,5 +1,5 @@
 /** From the legacy set-up to the new one and back: what is there comes along, whatever interrupts it. The tiny app stands for Strapi. */
-import { mkdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { join } from 'node:path'
@@ -8,6 +8,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
 import { startServices } from '../scripts/lib/actions.mts'
+import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText } from '../scripts/lib/envfile.mts'
 import { legacyCompose } from '../example/legacy.mts'
@@ -39,6 +40,7 @@ async function expectLegacy(): Promise<void> {
   )
   expect(of(legacy.own.project).filter((one) => one.State.Status === 'running')).toEqual([])
   expect(await readText(join(legacy.folder, 'docker-compose.yml'))).toContain('services:')
+  expect(await readdir(join(legacy.own.folder, 'nginx/conf.d'))).toEqual(['legacy.conf'])
 }
 
 async function expectMigrated(): Promise<void> {
@@ -46,6 +48,7 @@ async function expectMigrated(): Promise<void> {
   expect(await isAnswered(legacy.own.url)).toBe(true)
   const { master } = await legacy.site.observe()
   expect(master.status).toBe('healthy')
+  expect(await readdir(join(legacy.own.folder, 'nginx/conf.d'))).toEqual(['bob.strapi-pro.com.conf'])
 }
 
 describe('before anything is changed', () => {
@@ -219,6 +222,9 @@ describe('a migration', () => {
     // The tiny app starts in a moment; what is left is PostgreSQL, Redis and the engine.
     expect(report.longestGapMs).toBeLessThan(20_000)
     for (const line of outcome.stdout.split('\n')) expect(line).not.toMatch(/\[ \]/)
+    const secrets = Object.entries((await readEnv(join(legacy.source, '.env'))) ?? {})
+    for (const [, value] of secrets.filter(([key]) => /PASSWORD|SECRET|KEY|SALT/.test(key)))
+      expect(outcome.stdout + outcome.stderr).not.toContain(value)
     expect(outcome.stdout.match(/\[x\]/g)).toHaveLength(7)
     await expectMigrated()
     expect(await legacy.sql(allRows, true)).toBe(rows)
@@ -243,9 +249,6 @@ describe('a migration', () => {
       LIVEKIT_EXTERNAL_IP: '192.0.2.1',
       SERVER_NAME: 'bob.strapi-pro.com',
     })
-    const { stdout, stderr } = await legacy.migrate('--yes')
-    for (const secret of Object.entries(theirs ?? {}).filter(([key]) => /PASSWORD|SECRET|KEY|SALT/.test(key)))
-      expect(stdout + stderr).not.toContain(secret[1])
     expect((await stat(legacy.own.envFile)).mode & 0o077).toBe(0)
   })
 
@@ -304,7 +307,7 @@ describe('a migration', () => {
     await legacy.site.behave({})
   })
 
-  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch', 'nginx'])(
+  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch'])(
     'that stops after %s goes back to exactly what was',
     async (step) => {
       const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))
@@ -337,7 +340,7 @@ const points: [string, number][] = [
   ['Check list', 100],
 ]
 /** Those in the outage, each from the beginning. */
-const alone = points.slice(6, 10)
+const alone = [points.slice(7, 8), points.slice(9, 10)].flat()
 
 describe('killed with -9', () => {
   let rows: string
@@ -377,14 +380,40 @@ describe('killed with -9', () => {
     },
   )
 
-  test('in the middle of the switch: the way back is there at once', async () => {
+  test('in the middle of the switch: the way back is there at once, and no deploy starts what has no data yet', async () => {
     await killAt(['--yes'], 'moving database, Redis and uploads over', 400)
+    await expect(startServices(await loadSite(legacy.own.envFile))).rejects.toThrow(
+      /in the middle of its switch/,
+    )
   })
 
-  test('on the way back, three times: the same command brings it back', async () => {
+  test('on the way back, again and again: the same command brings it back', async () => {
     await mustSucceed(legacy.migrate('--yes'))
-    for (const delayMs of [300, 1200, 2500])
-      await killAt(['--rollback', '--yes'], 'Stop the new set-up, start the legacy one', delayMs)
+    const behaviour = join(legacy.source, 'behaviour.json')
+    await writeFile(behaviour, '{ "bootMs": 4000 }')
+    for (const message of [
+      'stopping the new set-up',
+      'starting the legacy set-up',
+      'waiting for the legacy Strapi',
+    ])
+      await killAt(['--rollback', '--yes'], message, 500)
+    await writeFile(behaviour, '{}')
+  })
+
+  test.each(['dumping database.dump', 'Restore the dump beside the live database', 'Swap the databases'])(
+    'where the database goes by dump and restore, at "%s": the way back is there',
+    async (message) => {
+      await legacy.site.set({ POSTGRES_VOLUME: join(legacy.own.folder, 'postgresql') })
+      await mustSucceed(legacy.migrate('--until', 'build'))
+      await killAt(['--yes'], message, 100)
+    },
+  )
+
+  test('where the database goes by dump and restore: the same command comes to the same end', async () => {
+    await killAt(['--yes'], 'Restore the dump beside the live database', 100)
+    await mustSucceed(legacy.migrate('--yes'))
+    await expectMigrated()
+    expect(await legacy.sql(things, true)).toBe(rows)
   })
 
   async function killAt(options: string[], message: string, delayMs: number): Promise<void> {
@@ -404,6 +433,8 @@ describe('killed with -9', () => {
 })
 
 describe('once the new Strapi has been started', () => {
+  beforeAll(() => legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' }))
+
   test('Ctrl-C while it boots brings the legacy site back', async () => {
     await mustSucceed(legacy.migrate('--until', 'settings'))
     await legacy.site.behave({ bootMs: 10_000 })
@@ -420,14 +451,14 @@ describe('once the new Strapi has been started', () => {
     await legacy.sql(`INSERT INTO things (name) VALUES ('only here')`, true)
     await writeFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'only here')
     await legacy.sql('DELETE FROM files WHERE id = 3', true)
-    for (const service of ['strapi-master', 'redis', 'postgresql'])
-      for (const { Id } of await engine.serviceContainers(legacy.own.project, service))
-        await run(['docker', 'stop', Id])
-    expect((await statusOf()).state).toBe('down')
-    await mustSucceed(legacy.migrate())
-    await expectMigrated()
-    expect(await legacy.sql(`SELECT count(*) FROM things WHERE name = 'only here'`, true)).toBe('1')
-    expect(await readFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'utf8')).toBe('only here')
+    for (const command of ['stop', 'down']) {
+      await run(compose(await loadSite(legacy.own.envFile), '--profile', '*', command))
+      expect((await statusOf()).state).toBe('down')
+      await mustSucceed(legacy.migrate())
+      await expectMigrated()
+      expect(await legacy.sql(`SELECT count(*) FROM things WHERE name = 'only here'`, true)).toBe('1')
+      expect(await readFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'utf8')).toBe('only here')
+    }
   })
 
   test('no deploy starts a second PostgreSQL on data that is in use, by whatever name', async () => {

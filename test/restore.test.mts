@@ -6,7 +6,6 @@ import { cp, mkdir, readdir, readFile, rename, rm, stat, unlink, writeFile } fro
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
-import { startLoad } from '../example/load.mts'
 import { orphans, run } from '../scripts/lib/command.mts'
 import { compose, query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
@@ -164,22 +163,6 @@ describe('a restore', () => {
     const again = await own.run('data', 'undo', '--yes')
     expect(again.code).toBe(2)
     expect(again.stderr).toContain('no restore to take back')
-  })
-
-  test('and its undo are hardly seen by visitors who read the database 50 times a second', async () => {
-    const load = startLoad({ url: own.url, getsPerSecond: 50, postsPerSecond: 0 })
-    await sleep(1000)
-    await mustSucceed(own.run('data', 'restore', set, '--yes'))
-    await sleep(500)
-    await mustSucceed(own.run('data', 'undo', '--yes'))
-    await sleep(500)
-    const { sent, ok, lost, longestGapMs } = await load.stop()
-    // On a busy machine; what it is at 200 a second on a quiet one, `npm run bench:data` says.
-    expect(longestGapMs).toBeLessThan(1000)
-    expect(ok).toBeGreaterThan(200)
-    // What was asking the database at the two moments of the swaps.
-    expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThan(sent / 50)
-    expect(lost.every(({ why }) => why.includes('500'))).toBe(true)
   })
 
   test('of uploads alone leaves the database as it is', async () => {
@@ -521,13 +504,10 @@ describe('killed with -9', () => {
     ['1/6', 'begins', 0],
     ['2/6', 'begins', 0],
     ['2/6', 'begins', 600],
-    ['3/6', 'begins', 0],
     ['3/6', 'ends', 0],
-    ['4/6', 'begins', 0],
     ['4/6', 'ends', 0],
     ['5/6', 'begins', 0],
     ['5/6', 'begins', 60],
-    ['5/6', 'begins', 120],
     ['5/6', 'ends', 0],
     ['6/6', 'begins', 50],
   ] as const)(
@@ -552,12 +532,11 @@ describe('killed with -9', () => {
     ['Take back restore', 0],
     ['putting replaced and surplus uploads back', 0],
     ['swapping the databases', 0],
-    ['swapping the databases', 80],
     ['swapping the databases', 160],
     ['taking out the uploads that it had brought', 0],
   ] as const
 
-  test.each(pointsOfUndo.slice(3, 5))(
+  test.each(pointsOfUndo.slice(3, 4))(
     'at "%s" (+ %i ms), an undo of the database alone is finished by the next one, which takes back no other',
     async (point, delayMs) => {
       const spoilt = await spoil()

@@ -297,3 +297,20 @@ describe('uploads', () => {
     await expectServed()
   })
 })
+
+test('a restore and its undo are hardly seen by visitors who read the database 50 times a second', async () => {
+  await mustSucceed(site.run('data', 'backup', '--only', 'database'))
+  const during = async () => {
+    await mustSucceed(site.run('data', 'restore', '--only', 'database', '--yes'))
+    await sleep(500)
+    await mustSucceed(site.run('data', 'undo', '--yes'))
+  }
+  const [report] = await visitorsDuring({ postsPerSecond: 0, slowBodiesPerSecond: 0 }, during)
+  const { sent, ok, lost, longestGapMs } = report
+  // On a busy machine; what it is on a quiet one, `npm run bench:data` says.
+  expect(longestGapMs).toBeLessThan(1500)
+  expect(ok).toBeGreaterThan(200)
+  // What was asking the database at the two moments of the swaps.
+  expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThan(sent / 50)
+  expect(lost.every(({ why }) => why.includes('500'))).toBe(true)
+})

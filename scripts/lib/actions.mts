@@ -9,6 +9,7 @@ import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
 import { strangerOnData } from './folders.mts'
 import { makeStateDir } from './history.mts'
+import { notes } from './legacy/journal.mts'
 import type { Proof } from './proof.mts'
 import {
   addToResult,
@@ -179,7 +180,17 @@ export async function pin(site: Site, release: string): Promise<void> {
 export async function startServices(site: Site): Promise<void> {
   const optional = (site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit') ? ['livekit'] : []
   await change('start PostgreSQL and Redis', async () => {
-    const stranger = await strangerOnData(site)
+    if ((await notes(site)).isSwitching)
+      throw new Problem(
+        exitCodes.usage,
+        'a migration is in the middle of its switch: what would start now has no data yet; nothing was started',
+        `End it: ${scriptCommand('migrate', site.envFile)}`,
+      )
+    const own = await engine.serviceContainers(site.project, 'postgresql')
+    const stranger = await strangerOnData(
+      site.folders.postgres,
+      own.map(({ Id }) => Id),
+    )
     if (stranger !== undefined)
       throw new Problem(
         exitCodes.usage,

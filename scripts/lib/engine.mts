@@ -81,13 +81,20 @@ async function labelled(label: string[]): Promise<Container[]> {
   return containers.filter((one) => one !== undefined)
 }
 
-/** Folders of this host that running containers see, each with the name of the container. */
-export async function mountsInUse(): Promise<{ container: string; id: string; folder: string }[]> {
-  type Row = { Id: string; Names: string[]; Mounts: { Source?: string }[] }
+export interface MountInUse {
+  container: string
+  id: string
+  folder: string
+  at: string
+}
+
+/** Folders of this host that running containers see. */
+export async function mountsInUse(): Promise<MountInUse[]> {
+  type Row = { Id: string; Names: string[]; Mounts: { Source?: string; Destination: string }[] }
   const rows = (await get<Row[]>('/containers/json')) ?? []
   return rows.flatMap(({ Id, Names, Mounts }) =>
-    Mounts.flatMap(({ Source }) =>
-      Source ? [{ container: Names[0]?.slice(1) ?? '', id: Id, folder: Source }] : [],
+    Mounts.flatMap(({ Source, Destination }) =>
+      Source ? [{ container: Names[0]?.slice(1) ?? '', id: Id, folder: Source, at: Destination }] : [],
     ),
   )
 }

@@ -42,10 +42,16 @@ export function isSameFolder(one: string, other: string): boolean {
   return resolve(one) === resolve(other)
 }
 
-/** Name of a running container of somebody else that sees the data of PostgreSQL: two servers on it would destroy it. */
-export async function strangerOnData(site: Site): Promise<string | undefined> {
-  const own = (await engine.serviceContainers(site.project, 'postgresql')).map(({ Id }) => Id)
-  const mounts = await engine.mountsInUse()
-  return mounts.find(({ id, folder }) => !own.includes(id) && isSameFolder(folder, site.folders.postgres))
-    ?.container
+/**
+ * Name of a running container, other than these, that works with the data of PostgreSQL in this folder: two servers there would
+ * destroy it, and their lock file does not hold between containers.
+ */
+export async function strangerOnData(folder: string, own: string[]): Promise<string | undefined> {
+  const isAbove = (above: string) => `${folder}/`.startsWith(`${above}/`)
+  const found = (await engine.mountsInUse()).find(
+    ({ id, folder: seen, at }) =>
+      // Somebody who watches all of the host sees every folder.
+      !own.includes(id) && (isSameFolder(seen, folder) || (isAbove(seen) && /postgres|pgdata/i.test(at))),
+  )
+  return found?.container
 }

@@ -41,7 +41,8 @@ describe('the order of texts', () => {
 })
 
 describe('the nginx files of a legacy site', () => {
-  const given = { control: '127.0.0.1:1339', hasName: false, hasTls: false }
+  const given = { control: '127.0.0.1:1339', name: undefined, hasTls: false }
+  /** Behind the main file, as `nginx -T` has them. */
   const file = (path: string, text: string) => `# configuration file ${path}:\n${text}\n`
   const site =
     'server {\n listen 80;\n server_name bob.example.org;\n location / { proxy_pass http://127.0.0.1:1337; }\n}'

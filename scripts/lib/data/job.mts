@@ -155,7 +155,7 @@ async function isServing(site: Site, slot: SlotName): Promise<boolean> {
 }
 
 /** The database itself, and what PostgreSQL's log of it may grow to (max_wal_size). */
-function databaseNeeds(bytes: number): number {
+export function databaseNeeds(bytes: number): number {
   return 1.2 * bytes + Math.min(bytes, 2 ** 30) + leastFreeBytes
 }
 

@@ -8,14 +8,14 @@ import { parts } from '../data/manifest.mts'
 import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { rememberVerified } from '../data/verified.mts'
-import { addToResult, detail, exitCodes, explain, Problem, say, step, warn } from '../report.mts'
+import { addToResult, detail, exitCodes, explain, interrupted, Problem, say, step, warn } from '../report.mts'
 import { readSchema } from '../schema.mts'
 import { projectRoot, scriptCommand, type Site } from '../settings.mts'
-import { runningServices } from './containers.mts'
+import { bringFilesBack, runningServices } from './containers.mts'
 import { note, notes } from './journal.mts'
 import { inStartOrder, nameOf } from './look.mts'
 import { wasStarted, type Migration } from './migration.mts'
-import { goBack, isSwitched, removeNew, sharesData } from './switch.mts'
+import { goBack, isSwitched, removeNew, sharesData, startPostgresql } from './switch.mts'
 import { differingUploads, endCopy } from './uploads.mts'
 
 /** What was made since the switch, and what becomes of it; said before anything happens. */
@@ -25,8 +25,11 @@ export async function describeRollback(migration: Migration): Promise<void> {
     return detail('the legacy set-up is in service; what was prepared beside it is removed')
   const { rows } = await notes(site)
   const postgresql = await startingPostgresql(site)
+  // A killed switch may have left it without that database, or without our role.
   const more =
-    postgresql === undefined ? undefined : await newRows(postgresql, site.database.name, rows ?? {})
+    postgresql === undefined
+      ? undefined
+      : await newRows(postgresql, site.database.name, rows ?? {}).catch(() => undefined)
   const uploads = existsSync(site.folders.uploads)
     ? await differingUploads(legacy.uploads, site.folders.uploads)
     : []
@@ -35,7 +38,7 @@ export async function describeRollback(migration: Migration): Promise<void> {
     : 'they are left behind, in a backup set'
   const rowsSaid =
     more === undefined
-      ? 'rows are not known, PostgreSQL does not run'
+      ? 'rows are not known, PostgreSQL does not tell'
       : more.join(', ') || 'no table has more rows'
   detail(`since the switch: ${rowsSaid}; ${uploads.length} uploads are new or differ; ${fate}`)
   detail('what Redis (Bull’s queue) got since then is left behind')
@@ -73,11 +76,16 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
 export async function rollBack(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   const isShared = await sharesData(migration)
-  if (stage === 'served') await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
+  // Where some of the legacy set-up runs, an earlier way back has made it.
+  if (stage === 'served' && (await runningServices(legacy)).length === 0)
+    await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
   await step('2/2', 'Stop the new set-up, start the legacy one', async () => {
     const isUntouched =
       stage === 'legacy' && (await runningServices(legacy)).length === inStartOrder(legacy).length
-    if (isUntouched) return await removeNew(site)
+    if (isUntouched) {
+      await bringFilesBack(legacy)
+      return await removeNew(site)
+    }
     await goBack(migration).catch((error: unknown) => {
       throw new Problem(
         exitCodes.degraded,
@@ -95,9 +103,14 @@ export async function rollBack(migration: Migration): Promise<void> {
 /** Where the database is left behind, visitors must not write to it any more: what they wrote would be nowhere. */
 async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
-  if (postgresql) await ask(['docker', 'start', postgresql.Id])
-  if (!isShared)
-    for (const { container } of Object.values(site.slots)) await ask(['docker', 'stop', container])
+  const failure = postgresql && (await startPostgresql(postgresql).then(() => undefined, explain))
+  if (failure !== undefined)
+    return warn(`there is no set: ${failure}\nwhat PostgreSQL has stays in ${site.folders.postgres}`)
+  const slots = await Promise.all(
+    Object.values(site.slots).map(({ container }) => engine.container(container)),
+  )
+  const running = slots.filter((found) => found?.State.Status === 'running').map((found) => found?.Id ?? '')
+  if (!isShared) for (const id of running) await run(['docker', 'stop', id])
   try {
     const { name } = await makeBackup(site, [...parts])
     await rememberVerified(site, { set: name, deep: false, wrong: [] })
@@ -105,10 +118,10 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
     addToResult({ backup: name })
   } catch (error) {
     // Nothing is left behind.
-    if (isShared) return warn(`not backed up: ${explain(error)}`)
-    for (const { container } of Object.values(site.slots)) await ask(['docker', 'start', container])
+    if (isShared && !interrupted.aborted) return warn(`not backed up: ${explain(error)}`)
+    if (!isShared) for (const id of running) await ask(['docker', 'start', id])
     throw new Problem(
-      exitCodes.failed,
+      interrupted.aborted ? exitCodes.interrupted : exitCodes.failed,
       'the new site could not be backed up, and what it has would be left behind; it serves as before',
       'Mend what the cause says, then run it again.',
       error,

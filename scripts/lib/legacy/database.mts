@@ -82,7 +82,7 @@ export async function countRows({ database: { live, name } }: Legacy) {
 export async function adoptRoles(containerId: string, legacy: Legacy): Promise<void> {
   const create = `DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'postgres') THEN CREATE ROLE postgres SUPERUSER LOGIN; END IF; END $$`
   if ((await ask(query(containerId, 'postgres', 'SELECT 1'))) === undefined)
-    await run(query({ containerId, superuser: legacy.database.user }, 'postgres', create))
+    await run(query({ containerId, superuser: legacy.database.owner }, 'postgres', create))
   await run(tools.setPassword(containerId))
 }
 

@@ -14,6 +14,12 @@ export interface Note {
   areRowsSame?: boolean
   /** Milliseconds from the stop of the legacy Strapi until the new one was healthy. */
   outageMs?: number
+  /** From the first stop of a legacy service until one of the two serves. */
+  isSwitching?: boolean
+  /** The new Strapi has been started: it may have taken something, also when its containers are gone. */
+  hasServed?: boolean
+  /** What the legacy application was like when it was copied; empty when it was there before. */
+  copied?: string
   /** Folder of the legacy compose file, and services of it that stay as they are. */
   from?: string
   leave?: string[]

@@ -43,6 +43,8 @@ export interface Legacy {
     name: string
     user: string
     password: string
+    /** Role that the cluster was made by: a superuser. */
+    owner: string
     /** PGDATA on this host. */
     folder: string
     /** A volume of the engine's own, which `docker volume prune` removes once its container is gone. */
@@ -259,6 +261,7 @@ async function databaseOf(
     name,
     user: application.DATABASE_USERNAME || owner,
     password: application.DATABASE_PASSWORD || (environment.POSTGRES_PASSWORD ?? ''),
+    owner,
     folder,
     isVolume: mount.Type === 'volume',
     major: version >= 1 ? version : undefined,

@@ -3,6 +3,7 @@ import { stat } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import type { Finding } from '../checks.mts'
+import { databaseNeeds } from '../data/job.mts'
 import { megabytes, needRoom } from '../data/room.mts'
 import { folderBytes } from '../data/uploads.mts'
 import * as engine from '../engine.mts'
@@ -13,6 +14,7 @@ import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
 import { addToResult, detail, exitCodes, explain, Problem, warn } from '../report.mts'
 import { exampleFile, scriptCommand, withEnvironment, type Site } from '../settings.mts'
+import { observe } from '../slots.mts'
 import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
 import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy } from './look.mts'
@@ -56,12 +58,13 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   const values = withEnvironment({ ...parse((await readText(exampleFile)) ?? ''), ...own })
   const nginx = await legacyNginx((values.NGINX_COMMAND ?? '').split(/\s+/), legacy.address, {
     control: `127.0.0.1:${values.CONTROL_PORT}`,
-    hasName: Boolean(own.SERVER_NAME),
+    name: own.SERVER_NAME || undefined,
     hasTls: Boolean(own.TLS_CERTIFICATE),
   })
   const isRetired = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
   const settings = await planSettings(envFile, legacy, nginx, isRetired)
-  const stage = !isRetired ? 'legacy' : (await wasStarted(settings.site)) ? 'served' : 'switching'
+  const hasServed = noted.hasServed || (await wasStarted(settings.site))
+  const stage = !isRetired ? 'legacy' : hasServed ? 'served' : 'switching'
   return { envFile, legacy, nginx, settings, site: settings.site, stage, leave }
 }
 
@@ -123,12 +126,25 @@ async function problemsOf({ legacy, nginx, site }: Migration): Promise<Finding[]
       'UPLOADS_VOLUME is the legacy folder, which must stay as it is',
       `Set it in ${site.envFile} to another one.`,
     )
+  if (isSameFolder(site.folders.postgres, legacy.database.folder))
+    add(
+      'POSTGRES_VOLUME is the folder that the legacy PostgreSQL works in',
+      `Take it out of ${site.envFile} and of the environment: whether the data can stay is found out.`,
+    )
+  const { master, slave } = await observe(site)
+  if ([master, slave].some(({ status }) => status !== 'absent' && status !== 'stopped'))
+    add(
+      `a Strapi of the project ${site.project} runs already: ${site.envFile} is of a site that is live`,
+      'Migrate with another --env-file, with names, folders and ports of its own in it.',
+    )
   const wanted = Number(/:(?:v)?(\d+)/.exec(site.values.POSTGRES_IMAGE ?? '')?.[1])
   if (wanted < (legacy.database.major ?? 0))
     add(
       `the data is of PostgreSQL ${legacy.database.major}, which ${site.values.POSTGRES_IMAGE} cannot read`,
       `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${legacy.database.major} or newer.`,
     )
+  if (wanted < 16)
+    add('PostgreSQL 16 or newer is needed here', `Set POSTGRES_IMAGE in ${site.envFile} to one.`)
   for (const problem of (await uploadProblems(legacy.uploads, site.folders.uploads)).slice(0, 20))
     add(problem, 'Mend or remove it, then run this again.')
   for (const [key, address] of ports(site, legacy))
@@ -158,11 +174,13 @@ function ports(site: Site, legacy: Legacy): [string, string][] {
 /** The set, the copy of the uploads, and a second database in case it has to go by dump and restore. */
 async function roomProblem(legacy: Legacy, site: Site): Promise<string | undefined> {
   const uploads = await folderBytes(legacy.uploads)
+  const copied = await folderBytes(site.folders.uploads).catch(() => 0)
   const database = legacy.database.live?.bytes ?? 0
+  const { backup } = await notes(site)
   const wants = [
-    { folder: site.folders.backups, bytes: uploads + database },
-    { folder: site.folders.uploads, bytes: uploads },
-    { folder: site.folders.postgres, bytes: 2 * database },
+    { folder: site.folders.backups, bytes: backup ? 0 : uploads + database },
+    { folder: site.folders.uploads, bytes: Math.max(0, uploads - copied) },
+    { folder: site.folders.postgres, bytes: databaseNeeds(database) },
   ]
   const there = await Promise.all(
     wants.map(async ({ folder, bytes }) => ({ folder: await existing(folder), bytes })),

@@ -5,7 +5,7 @@ import type { Finding } from '../checks.mts'
 import { ask, run } from '../command.mts'
 import { makeStateDir } from '../history.mts'
 import { install } from '../nginx.mts'
-import { detail, exitCodes, Problem } from '../report.mts'
+import { detail, exitCodes, explain, Problem, warn } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
 
 export interface LegacyNginx {
@@ -17,15 +17,19 @@ export interface LegacyNginx {
   problems: Finding[]
 }
 
+interface Given {
+  /** Address of our own control server. */
+  control: string
+  /** SERVER_NAME. */
+  name: string | undefined
+  hasTls: boolean
+}
+
 /**
  * As the configuration on disk has it: `nginx -T` names each file in front of its text.
  * @param given what docker/.env says already, and so need not be found out
  */
-export async function legacyNginx(
-  command: string[],
-  address: string,
-  given: { control: string; hasName: boolean; hasTls: boolean },
-): Promise<LegacyNginx> {
+export async function legacyNginx(command: string[], address: string, given: Given): Promise<LegacyNginx> {
   const dump = await ask([...command, '-T'])
   const found: LegacyNginx = { files: [], serverName: undefined, tls: undefined, lost: [], problems: [] }
   if (dump === undefined) {
@@ -41,7 +45,7 @@ export async function legacyNginx(
 export function readNginx(
   dump: string,
   address: string,
-  { control, hasName, hasTls }: { control: string; hasName: boolean; hasTls: boolean },
+  { control, name: givenName, hasTls }: Given,
 ): LegacyNginx {
   const files = dump
     .split(/^# configuration file (?=.*:$)/m)
@@ -58,18 +62,14 @@ export function readNginx(
       .map(([, name = '']) => name),
   )
   const target = new RegExp(
-    String.raw`^(?:${[place, ...upstreams.map((name) => String.raw`${name}\b`)].join('|')})`,
+    String.raw`^(?:${[place, ...upstreams.map((name) => String.raw`${name.replaceAll('.', String.raw`\.`)}(?![\w.-])`)].join('|')})`,
   )
   const own = files.filter(
     ({ text }) => !text.includes(`listen ${control};`) && passes(text).some((one) => target.test(one)),
   )
   const all = own.map(({ text }) => text).join('\n')
   const value = (name: string) => new RegExp(String.raw`\b${name}\s+([^;\s]+)`).exec(all)?.[1]
-  const names = [
-    ...new Set(
-      [...all.matchAll(/\bserver_name\s+([^;]+);/g)].flatMap(([, list = '']) => list.trim().split(/\s+/)),
-    ),
-  ]
+  const names = namesIn(all)
   const [certificate, key] = [value('ssl_certificate'), value('ssl_certificate_key')]
   const problems: Finding[] = []
   const [serverName] = names.filter((name) => !/[_*~]/.test(name))
@@ -79,7 +79,24 @@ export function readNginx(
         problem: `${path} also passes visitors to something else than the legacy Strapi`,
         fix: 'Put the site of Strapi into a file of its own: the whole file goes out of service.',
       })
-  if (serverName === undefined && !hasName)
+  const [main] = files
+  if (main && own.includes(main))
+    problems.push({
+      problem: `the site of Strapi is in ${main.path} itself, which cannot go out of service`,
+      fix: 'Put its server block into a file of its own, which that one includes.',
+    })
+  const wanted = givenName ?? serverName ?? ''
+  for (const { path, text } of files)
+    if (
+      !own.some((one) => one.path === path) &&
+      !text.includes(`listen ${control};`) &&
+      namesIn(text).includes(wanted)
+    )
+      problems.push({
+        problem: `${path} serves ${wanted}, too, and would take visitors from the new site`,
+        fix: 'Take that server block out, or choose another SERVER_NAME.',
+      })
+  if (serverName === undefined && givenName === undefined)
     problems.push({
       problem: `no nginx file with a server_name passes visitors to ${address}`,
       fix: 'Set SERVER_NAME in docker/.env.',
@@ -105,6 +122,10 @@ export function readNginx(
     lost,
     problems,
   }
+}
+
+function namesIn(text: string): string[] {
+  return [...text.matchAll(/\bserver_name\s+([^;]+);/g)].flatMap(([, list = '']) => list.trim().split(/\s+/))
 }
 
 /** Where each proxy_pass leads, without the scheme. */
@@ -135,7 +156,7 @@ export async function replaceNginx(site: Site, files: string[]): Promise<void> {
   try {
     await install(site)
   } catch (error) {
-    await restoreNginx(site)
+    await restoreNginx(site).catch((failure: unknown) => warn(explain(failure)))
     throw new Problem(
       exitCodes.degraded,
       'visitors are served by the new set-up through the legacy nginx file; the new one could not be installed',
@@ -147,8 +168,9 @@ export async function replaceNginx(site: Site, files: string[]): Promise<void> {
 
 /** The legacy files in place of the new site. @throws Error when nginx does not take them */
 export async function restoreNginx(site: Site): Promise<void> {
-  const names = (await readdir(keptFolder(site)).catch(() => [])).filter((name) => !name.endsWith('.new'))
-  if (names.length === 0) return
+  const kept = await readdir(keptFolder(site)).catch(() => undefined)
+  if (kept === undefined) return
+  const names = kept.filter((name) => !name.endsWith('.new'))
   const paths = names.map((name) => decodeURIComponent(name))
   if (!paths.includes(site.nginx.confFile)) await rm(site.nginx.confFile, { force: true })
   for (const [at, name] of names.entries()) {

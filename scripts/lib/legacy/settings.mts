@@ -1,13 +1,15 @@
 /** The settings of the new set-up: those of the legacy one, with what is different here. Comments and order stay. */
 import { existsSync } from 'node:fs'
-import { cp, mkdir } from 'node:fs/promises'
+import { createHash } from 'node:crypto'
+import { cp, mkdir, readdir, stat } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { addMissing, readText, setValues, writeEnv } from '../envfile.mts'
 import { isSameFolder } from '../folders.mts'
 import { detail } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
-import { exampleFile, loadSite, type Site } from '../settings.mts'
+import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
+import { note, notes } from './journal.mts'
 import type { Legacy } from './look.mts'
 import type { LegacyNginx } from './nginx.mts'
 
@@ -45,9 +47,8 @@ export async function planSettings(
     Object.entries(ownValues).filter(([key, value]) => value !== '' && value !== defaults[key]),
   )
   // Never the folder in which the legacy one runs, until that has stopped: somebody may type `up` in between.
-  const isTaken =
-    !isRetired && set.POSTGRES_VOLUME && isSameFolder(set.POSTGRES_VOLUME, legacy.database.folder)
-  if (isTaken) delete set.POSTGRES_VOLUME
+  const ownFolder = set.POSTGRES_VOLUME && resolve(projectRoot, 'docker', set.POSTGRES_VOLUME)
+  if (!isRetired && ownFolder && isSameFolder(ownFolder, legacy.database.folder)) delete set.POSTGRES_VOLUME
   const carried = Object.entries(legacy.settings)
     .filter(([key, value]) => value !== '' && !notCarried.test(key) && set[key] === undefined)
     .map(([key, value]): [string, string] => [
@@ -125,8 +126,10 @@ export async function writeSettings(
   await writeEnv(envFile, docker)
   const text = await writeDockerEnv(envFile)
   const written = await loadSite(envFile, { text })
-  if (!existsSync(join(site.source, 'package.json'))) {
+  // Booted with an older schema, Strapi would drop what that does not know.
+  if (!existsSync(join(site.source, 'package.json')) || (await isCopyOld(site, legacy))) {
     await copyApplication(legacy, site.source)
+    await note(site, { copied: await digestOf(legacy) })
     detail(`copied the application to ${site.source}`)
   }
   await writeEnv(join(site.source, '.env'), application)
@@ -134,15 +137,55 @@ export async function writeSettings(
   return written
 }
 
+/** Whether the application here is a copy of what the legacy one no longer is. */
+export async function isCopyOld(site: Site, legacy: Legacy): Promise<boolean> {
+  const { copied } = await notes(site)
+  return Boolean(copied) && copied !== (await digestOf(legacy))
+}
+
+/** Of names, sizes and times: what somebody edits shows. */
+async function digestOf(legacy: Legacy): Promise<string> {
+  const hash = createHash('sha256')
+  const skipped = skippedOf(legacy)
+  const visit = async (folder: string): Promise<void> => {
+    for (const entry of await readdir(folder, { withFileTypes: true })) {
+      const path = join(folder, entry.name)
+      if (skipped.has(path)) continue
+      if (entry.isDirectory()) await visit(path)
+      else if (entry.isFile()) {
+        const { size, mtimeMs } = await stat(path)
+        hash.update(`${path} ${size} ${mtimeMs}\n`)
+      }
+    }
+  }
+  await visit(legacy.source)
+  return hash.digest('hex')
+}
+
+/** What is built, installed or uploaded, and what is told otherwise. */
+function skippedOf({ source, uploads }: Legacy): Set<string> {
+  const names = [
+    'node_modules',
+    'dist',
+    'build',
+    '.cache',
+    '.tmp',
+    '.strapi',
+    '.env',
+    'types/generated',
+    'public/uploads',
+  ]
+  return new Set([...names.map((name) => join(source, name)), uploads])
+}
+
 /** package.json comes last: a folder without it is not taken for an application. */
 async function copyApplication(legacy: Legacy, target: string): Promise<void> {
-  const left = ['node_modules', 'dist', 'build', '.cache', '.tmp', '.env', 'public/uploads', 'package.json']
-  const skipped = new Set(left.map((name) => join(legacy.source, name)))
+  const skipped = new Set([...skippedOf(legacy), join(legacy.source, 'package.json')])
   const options = { preserveTimestamps: true, verbatimSymlinks: true }
   await cp(legacy.source, target, {
     ...options,
     recursive: true,
-    filter: (path) => !skipped.has(path) && path !== legacy.uploads,
+    filter: (path) => !skipped.has(path),
   })
   await mkdir(join(target, 'public/uploads'), { recursive: true })
   await cp(join(legacy.source, 'package.json'), join(target, 'package.json'), options)

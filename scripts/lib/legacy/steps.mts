@@ -18,13 +18,13 @@ import { newReleaseName } from '../releases.mts'
 import { alive, detail, exitCodes, interrupted, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { differences as nginxDifferences } from '../traffic.mts'
-import { reasonToDump, sortingOf, untilReady, usedLocales } from './database.mts'
+import { reasonToDump, sortingOf, usedLocales } from './database.mts'
 import { note, notes } from './journal.mts'
 import type { Legacy } from './look.mts'
 import type { Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
-import { differences, freshDatabaseFolder, writeSettings } from './settings.mts'
-import { isSwitched, legacyView, removeNew, switchOver, uploadsOwner } from './switch.mts'
+import { differences, freshDatabaseFolder, isCopyOld, writeSettings } from './settings.mts'
+import { isSwitched, legacyView, removeNew, startPostgresql, switchOver, uploadsOwner } from './switch.mts'
 import { copyUploads, newProgress } from './uploads.mts'
 
 export interface Step {
@@ -146,6 +146,7 @@ async function areSettingsDone(migration: Migration): Promise<boolean> {
   const application = (await readEnv(join(site.source, '.env'))) ?? {}
   const isComplete =
     appSecrets.every((key) => application[key]) && existsSync(join(site.source, 'package.json'))
+  if (await isCopyOld(site, migration.legacy)) return false
   return isComplete && existsSync(site.folders.postgres) && (await changes(migration)).length === 0
 }
 
@@ -220,6 +221,5 @@ async function makeContainers({ site, legacy }: Migration, isShared: boolean): P
   await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release, ...volume } })
   if (isShared) return
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
-  await run(['docker', 'start', postgresql?.Id ?? ''])
-  await untilReady(postgresql?.Id ?? '', ['pg_isready', '--quiet', '--host=127.0.0.1'])
+  if (postgresql) await startPostgresql(postgresql)
 }

@@ -7,12 +7,13 @@ import { ask, run } from '../command.mts'
 import * as compose from '../compose.mts'
 import { makeBackup, type Origin } from '../data/backup.mts'
 import { readDatabases } from '../data/databases.mts'
+import { parts } from '../data/manifest.mts'
 import { restoreSet } from '../data/restore.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { differentRows } from '../data/verify.mts'
 import * as engine from '../engine.mts'
 import { readText, setValues, writeEnv } from '../envfile.mts'
-import { isSameFolder, strapiUid } from '../folders.mts'
+import { isSameFolder, strangerOnData, strapiUid } from '../folders.mts'
 import { smoke, untilHealthy } from '../health.mts'
 import { readHistory, remember } from '../history.mts'
 import { imageOf } from '../releases.mts'
@@ -87,7 +88,7 @@ export async function switchOver(migration: Migration): Promise<void> {
   }
   migration.stage = 'served'
   const outageMs = Date.now() - startedAt
-  await note(migration.site, { outageMs })
+  await note(migration.site, { outageMs, isSwitching: false })
   addToResult({ outageMs })
   detail(`the site was off for ${(outageMs / 1000).toFixed(1)} s`)
 }
@@ -96,7 +97,14 @@ export async function switchOver(migration: Migration): Promise<void> {
 async function noteService({ site, legacy }: Migration): Promise<void> {
   const policies = Object.fromEntries(inStartOrder(legacy).map(({ name, restart }) => [name, restart]))
   const { uid, gid } = await stat(join(legacy.database.folder, 'PG_VERSION'))
-  await note(site, { policies, dataOwner: `${uid}:${gid}`, rows: null, areRowsSame: false })
+  await note(site, {
+    policies,
+    dataOwner: `${uid}:${gid}`,
+    rows: null,
+    areRowsSame: false,
+    restoredSet: '',
+    isSwitching: true,
+  })
 }
 
 /** What is not worth an outage: names, LiveKit, the history. Repeated until it is done. */
@@ -110,7 +118,10 @@ export async function settle(migration: Migration): Promise<void> {
 }
 
 /** The new Strapi has served before: everything is there, and only has to run. */
-async function startAgain({ site, legacy }: Migration): Promise<void> {
+async function startAgain(migration: Migration): Promise<void> {
+  const { legacy } = migration
+  if (await sharesData(migration)) await writeDatabaseFolder(migration, legacy.database.folder)
+  const { site } = migration
   const back = scriptCommand('migrate', site.envFile, '--rollback')
   const running = await containers.runningServices(legacy)
   if (running.length > 0)
@@ -119,11 +130,23 @@ async function startAgain({ site, legacy }: Migration): Promise<void> {
       `a way back was begun: ${running.map(({ name }) => name).join(', ')} of the legacy set-up run; nothing was changed`,
       `End it: ${back}`,
     )
-  for (const service of ['postgresql', 'redis'])
-    await run(['docker', 'start', await containerOf(site, service)])
-  const { master, slave } = await observe(site)
-  if ([master, slave].every(({ status }) => status === 'stopped' || status === 'absent'))
-    await run(compose.start(site, 'strapi-master'))
+  try {
+    await note(site, { isSwitching: false })
+    // Also where somebody has taken the containers down.
+    await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release } })
+    await startPostgresql(await madeContainer(site, 'postgresql'))
+    await run(['docker', 'start', (await madeContainer(site, 'redis')).Id])
+    const { master, slave } = await observe(site)
+    if ([master, slave].every(({ status }) => status === 'stopped' || status === 'absent'))
+      await run(compose.start(site, 'strapi-master'))
+  } catch (error) {
+    throw new Problem(
+      exitCodes.degraded,
+      'the new set-up has served before, and cannot be started now: visitors are not served',
+      `Mend what the cause says, then run it again. Back to the legacy set-up: ${back}`,
+      error,
+    )
+  }
   const deadline = Date.now() + site.health.timeoutMs
   await alive(
     () => 'waiting for strapi-master',
@@ -153,18 +176,18 @@ async function all(actions: Promise<unknown>[]): Promise<void> {
 
 async function moveDatabase(migration: Migration): Promise<void> {
   const { legacy } = migration
-  const postgresql = await containerOf(migration.site, 'postgresql')
+  const made = await madeContainer(migration.site, 'postgresql')
+  const postgresql = made.Id
   const isRunning =
     (await engine.container(legacy.services.postgresql.container.Id))?.State.Status === 'running'
   if (await sharesData(migration)) {
     if (isRunning) await note(migration.site, await countRows(legacy))
     await containers.stopPostgresql(legacy)
-    await refuseSecondServer(migration, postgresql)
     await writeDatabaseFolder(migration, legacy.database.folder)
-    await startPostgresql(postgresql)
+    await startPostgresql(made)
     await adoptRoles(postgresql, legacy)
   } else {
-    await startPostgresql(postgresql)
+    await startPostgresql(made)
     if (isRunning || !(await isRestored(migration, postgresql)))
       await dumpAndRestore(migration, postgresql, isRunning)
     await containers.stopPostgresql(legacy)
@@ -172,16 +195,14 @@ async function moveDatabase(migration: Migration): Promise<void> {
   await compareRows(migration.site, postgresql)
 }
 
-async function startPostgresql(containerId: string): Promise<void> {
-  await run(['docker', 'start', containerId])
-  await untilReady(containerId, ['pg_isready', '--quiet', '--host=127.0.0.1'])
-}
-
-/** Its lock file does not hold between containers. @throws Error */
-async function refuseSecondServer({ legacy }: Migration, own: string): Promise<void> {
-  const mounts = await engine.mountsInUse()
-  const other = mounts.find(({ id, folder }) => id !== own && isSameFolder(folder, legacy.database.folder))
-  if (other) throw new Error(`${other.container} works in ${legacy.database.folder}, too`)
+/** @throws Error when somebody else works with its data, or it does not become ready */
+export async function startPostgresql({ Id, Mounts }: engine.Container): Promise<void> {
+  const data = Mounts.find(({ Destination }) => Destination === '/var/lib/postgresql/data')?.Source ?? ''
+  const stranger = await strangerOnData(data, [Id])
+  if (stranger !== undefined)
+    throw new Error(`${stranger} works in ${data}: a second PostgreSQL would destroy it`)
+  await run(['docker', 'start', Id])
+  await untilReady(Id, ['pg_isready', '--quiet', '--host=127.0.0.1'])
 }
 
 /** Only now: as long as the legacy PostgreSQL ran there, no `up` by hand may have started a second one. */
@@ -234,7 +255,7 @@ async function compareRows(site: Site, postgresql: string): Promise<void> {
 }
 
 async function moveRedis({ site, legacy }: Migration): Promise<void> {
-  const redis = await containerOf(site, 'redis')
+  const redis = (await madeContainer(site, 'redis')).Id
   if ((await engine.container(redis))?.State.Status !== 'running') {
     await containers.stopRedis(legacy)
     await copyRedis(site, legacy)
@@ -253,6 +274,8 @@ async function copyLastUploads({ site, legacy }: Migration): Promise<void> {
 async function startMaster(site: Site): Promise<void> {
   const imageId = await imageOf(site, site.release)
   if (imageId === undefined) throw new Error(`there is no image ${site.image}:${site.release}`)
+  // From here on it may take something from visitors: no data is moved any more.
+  await note(site, { hasServed: true })
   // Made beforehand, when nobody waited for it.
   await run(compose.start(site, 'strapi-master'))
   await alive(
@@ -262,10 +285,10 @@ async function startMaster(site: Site): Promise<void> {
   await smoke(site, 'strapi-master')
 }
 
-async function containerOf(site: Site, service: string): Promise<string> {
+async function madeContainer(site: Site, service: string): Promise<engine.Container> {
   const [found] = await engine.serviceContainers(site.project, service)
   if (!found) throw new Error(`${service} has no container: it is made in the step before`)
-  return found.Id
+  return found
 }
 
 /** The legacy set-up serves again by itself, or a person is told. */
@@ -302,21 +325,38 @@ export async function goBack(migration: Migration): Promise<void> {
   const tolerate = async (action: Promise<unknown>) =>
     await action.catch((error: unknown) => void failures.push(explain(error)))
   const isShared = await sharesData(migration)
-  const hasServed = await wasStarted(site)
+  const hasServed = (await notes(site)).hasServed || (await wasStarted(site))
+  detail('stopping the new set-up')
   await keepLogs(site)
+  // A legacy Strapi that runs has had them, and may have changed them since.
+  const isFirst = !(await containers.runningServices(legacy)).some(
+    ({ name }) => name === legacy.services.strapi.name,
+  )
+  if (hasServed && isFirst) {
+    await stopSlots(site)
+    if (isShared) await tolerate(copyUploadsBack(migration))
+    else if (migration.stage === 'switching') await tolerate(keepWhatItTook(site))
+  }
   await stopNew(site)
   if (isShared) {
+    const stranger = await strangerOnData(
+      legacy.database.folder,
+      inStartOrder(legacy).map(({ container }) => container.Id),
+    )
+    if (stranger !== undefined)
+      throw new Error(`${stranger} works in ${legacy.database.folder}; stop it first`)
     await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
     const { dataOwner } = await notes(site)
     if (dataOwner) await tolerate(run(['chown', '-R', dataOwner, legacy.database.folder]))
   }
+  detail('starting the legacy set-up')
   await containers.bringBack(legacy)
-  // While the legacy Strapi builds.
-  if (isShared && hasServed) await tolerate(copyUploadsBack(migration))
   await tolerate(restoreNginx(site))
+  detail('waiting for the legacy Strapi')
   await containers.untilServing(legacy)
   if (failures.length > 0) throw new Error(failures.join('; '))
   await containers.bringFilesBack(legacy)
+  await note(site, { isSwitching: false, hasServed: false })
   migration.stage = 'legacy'
   await removeNew(site)
 }
@@ -333,6 +373,18 @@ async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
   )
   await endCopy(legacy.uploads)
   if (copied > 0) detail(`${copied} uploads copied back`)
+}
+
+/** Visitors may have been there between its start and its end. */
+async function keepWhatItTook(site: Site): Promise<void> {
+  const { name } = await makeBackup(site, [...parts])
+  warn(`what the new Strapi may have taken from visitors is in the set ${name}`)
+}
+
+async function stopSlots(site: Site): Promise<void> {
+  for (const { container } of Object.values(site.slots))
+    if ((await engine.container(container))?.State.Status === 'running')
+      await run(['docker', 'stop', container])
 }
 
 const newServices = ['strapi-slave', 'strapi-master', 'livekit', 'redis', 'postgresql']

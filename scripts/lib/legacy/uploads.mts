@@ -1,7 +1,19 @@
 /** Copies the uploads to their own folder, again and again until nothing differs. The source is only read. */
 import { createHash } from 'node:crypto'
 import { constants, createReadStream, lstatSync, statSync, type Stats } from 'node:fs'
-import { chmod, chown, copyFile, lstat, mkdir, readdir, rename, rm, rmdir, utimes } from 'node:fs/promises'
+import {
+  chmod,
+  chown,
+  copyFile,
+  mkdir,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  rmdir,
+  utimes,
+  writeFile,
+} from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { filesBelow } from '../data/uploads.mts'
 import { ownFolder, unsafeName } from '../data/untar.mts'
@@ -30,7 +42,7 @@ export async function uploadProblems(from: string, to: string): Promise<string[]
     )
   }
   const there = await readdir(to).catch(() => [])
-  if (there.length > 0 && !(await isBegun(to)))
+  if (there.length > 0 && (await begunFrom(to)) !== from)
     problems.push(`${to} is not empty, and what is in it was not put there by this migration`)
   return problems
 }
@@ -44,12 +56,9 @@ function kindProblem(path: string): string | undefined {
       : 'is no plain file'
 }
 
-/** Whether a copy to this folder has begun. */
-export async function isBegun(to: string): Promise<boolean> {
-  return await lstat(join(to, staging)).then(
-    (found) => found.isDirectory(),
-    () => false,
-  )
+/** What a copy that has begun is of. */
+async function begunFrom(to: string): Promise<string | undefined> {
+  return await readFile(join(to, staging, 'source'), 'utf8').catch(() => undefined)
 }
 
 /**
@@ -66,6 +75,7 @@ export async function copyUploads(
 ): Promise<Copied> {
   const done = options.progress ?? newProgress()
   await makeFolder(join(to, staging), owner)
+  await writeFile(join(to, staging, 'source'), from)
   const seen = new Set<string>()
   for await (const name of filesBelow(from)) {
     options.signal?.throwIfAborted()

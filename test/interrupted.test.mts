@@ -65,15 +65,12 @@ async function expectWhole(release: unknown): Promise<void> {
 
 describe('a deploy that is killed with -9', () => {
   const points: [string, number][] = [
-    ['1/7', 0],
     ['2/7', 0],
-    ['3/7', 0],
     ['4/7', 0],
     ['4/7', 150],
     ['5/7', 0],
     ['6/7', 0],
     ['7/7', 0],
-    ['7/7', 300],
   ]
   test.each(points)(
     'in step %s after %i ms: nobody notices, and the next run ends it well',
@@ -122,7 +119,7 @@ describe('a build that does not get to its end', () => {
 })
 
 describe('a deploy that is disturbed', () => {
-  test.each(['2/7', '4/7', '6/7'])(
+  test.each(['2/7', '4/7'])(
     'by nginx reloaded in step %s: goes through without a loss',
     async (stepNumber) => {
       const load = visitors()
@@ -137,7 +134,7 @@ describe('a deploy that is disturbed', () => {
     },
   )
 
-  test.each(['3/7', '4/7', '6/7'])(
+  test.each(['4/7', '6/7'])(
     'by nginx restarted in step %s: the same end state, after a second run if need be',
     async (stepNumber) => {
       const disturbed = await deployAnd(stepNumber, 100, async () => {
@@ -182,7 +179,7 @@ describe('a deploy that is disturbed', () => {
     await expectWhole(resultOf(outcome).release)
   })
 
-  test.each(['3/7', '4/7', '6/7'])(
+  test.each(['3/7', '6/7'])(
     'by the engine restarted in step %s: what can be served is served, and the next run mends it',
     async (stepNumber) => {
       const disturbed = await deployAnd(stepNumber, 200, restartEngine)

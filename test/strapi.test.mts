@@ -39,7 +39,8 @@ afterAll(async () => {
   await site.remove()
 })
 
-const light = { getsPerSecond: 50, postsPerSecond: 20, slowBodiesPerSecond: 1, slowBodyMs: 6000 }
+// A slow machine with two cores answers just so many; with more of them, `npm run bench:deploy` measures.
+const light = { getsPerSecond: 30, postsPerSecond: 12, slowBodiesPerSecond: 1, slowBodyMs: 6000 }
 const heavy = { ...light, slowBodyMs: 8000, slowAnswersPerSecond: 1, uploadsPerSecond: 0.25 }
 
 /** What visitors got from a second before `action` until a second after it. */
@@ -268,6 +269,26 @@ describe('a deploy that is killed while visitors move', () => {
   })
 })
 
+test('a restore and its undo are hardly seen by visitors who read the database 50 times a second', async () => {
+  await mustSucceed(site.run('data', 'backup', '--only', 'database'))
+  const during = async () => {
+    await mustSucceed(site.run('data', 'restore', '--only', 'database', '--yes'))
+    await sleep(500)
+    await mustSucceed(site.run('data', 'undo', '--yes'))
+  }
+  const [report] = await visitorsDuring(
+    { getsPerSecond: 50, postsPerSecond: 0, slowBodiesPerSecond: 0 },
+    during,
+  )
+  const { sent, ok, lost, longestGapMs } = report
+  // On a busy machine; what it is on a quiet one, `npm run bench:data` says.
+  expect(longestGapMs).toBeLessThan(1500)
+  expect(ok).toBeGreaterThan(200)
+  // What was asking the database at the two moments of the swaps.
+  expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThan(sent / 50)
+  expect(lost.every(({ why }) => why.includes('500'))).toBe(true)
+})
+
 describe('uploads', () => {
   test('are served by nginx, also while Strapi is away; hidden files are not', async () => {
     const picture = '<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -296,21 +317,4 @@ describe('uploads', () => {
     expect((await getUrl(`${site.url}/api/pings`)).status).toBe(502)
     await expectServed()
   })
-})
-
-test('a restore and its undo are hardly seen by visitors who read the database 50 times a second', async () => {
-  await mustSucceed(site.run('data', 'backup', '--only', 'database'))
-  const during = async () => {
-    await mustSucceed(site.run('data', 'restore', '--only', 'database', '--yes'))
-    await sleep(500)
-    await mustSucceed(site.run('data', 'undo', '--yes'))
-  }
-  const [report] = await visitorsDuring({ postsPerSecond: 0, slowBodiesPerSecond: 0 }, during)
-  const { sent, ok, lost, longestGapMs } = report
-  // On a busy machine; what it is on a quiet one, `npm run bench:data` says.
-  expect(longestGapMs).toBeLessThan(1500)
-  expect(ok).toBeGreaterThan(200)
-  // What was asking the database at the two moments of the swaps.
-  expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThan(sent / 50)
-  expect(lost.every(({ why }) => why.includes('500'))).toBe(true)
 })

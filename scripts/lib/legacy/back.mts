@@ -94,7 +94,7 @@ export async function rollBack(migration: Migration): Promise<void> {
       )
     })
   })
-  await note(site, { backup: '', areRowsSame: false, restoredSet: '' })
+  await note(site, { backup: '', areRowsSame: false, restoredSet: '', isSwitching: false, hasServed: false })
   say(
     `Done: the legacy set-up serves. What was prepared stays: ${site.envFile}, ${site.folders.uploads}, images, sets.\nAgain: ${scriptCommand('migrate', site.envFile, `--from ${legacy.folder}`)}`,
   )

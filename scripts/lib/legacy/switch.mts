@@ -103,6 +103,7 @@ async function noteService({ site, legacy }: Migration): Promise<void> {
     rows: null,
     areRowsSame: false,
     restoredSet: '',
+    hasServed: false,
     isSwitching: true,
   })
 }

@@ -6,7 +6,6 @@ import { loadavg, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
-import { Pool } from 'undici'
 import { baseImages } from '../example/images.mts'
 import { startLoad, type LoadOptions, type LoadReport } from '../example/load.mts'
 import { removeOwnSite, writeOwnSite, type OwnSite } from '../example/site.mts'
@@ -171,25 +170,19 @@ async function measurePictures(own: OwnSite): Promise<Pictures> {
 
 /** For five seconds, 32 at once; the client runs on the same machine and takes its share of it. */
 async function picturesPerSecond(origin: string): Promise<number> {
-  const pool = new Pool(origin, { connections: 32 })
   const until = performance.now() + 5000
   let pictures = 0
   const read = async () => {
     while (performance.now() < until) {
-      const { statusCode, body } = await pool.request({ method: 'GET', path: '/uploads/picture.jpg' })
-      let bytes = 0
-      for await (const part of body as AsyncIterable<Buffer>) bytes += part.length
-      if (statusCode !== 200 || bytes !== pictureBytes)
-        throw new Error(`${origin} answered ${statusCode} with ${bytes} bytes`)
+      const response = await fetch(`${origin}/uploads/picture.jpg`)
+      const { byteLength } = await response.arrayBuffer()
+      if (!response.ok || byteLength !== pictureBytes)
+        throw new Error(`${origin} answered ${response.status} with ${byteLength} bytes`)
       pictures += 1
     }
   }
-  try {
-    await Promise.all(Array.from({ length: 32 }, read))
-    return pictures / 5
-  } finally {
-    await pool.close()
-  }
+  await Promise.all(Array.from({ length: 32 }, read))
+  return pictures / 5
 }
 
 function print({ ours, oursQuick, seed }: Deploys, statusMs: number[], pictures: Pictures): void {

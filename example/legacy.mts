@@ -17,8 +17,6 @@ export interface LegacySite {
   uploads: string
   /** In front of its containers' names. */
   prefix: string
-  /** PostgreSQL's container. */
-  postgresql: string
 }
 
 /** Writes both; the application of the new one is still to be copied, its database is to be taken over. */
@@ -40,7 +38,6 @@ export async function writeLegacySite(options: OwnSiteOptions): Promise<LegacySi
     source: join(place, 'strapi'),
     uploads: join(place, 'strapi/public/uploads'),
     prefix: `${options.project}-`,
-    postgresql: `${options.project}-postgresql`,
   }
   const isBuilt = /\/(node_modules|dist|build|\.cache|\.tmp|\.env)$/
   await cp(options.application, site.source, { recursive: true, filter: (path) => !isBuilt.test(path) })
@@ -118,25 +115,17 @@ export async function startNginx({ own }: LegacySite): Promise<void> {
   await run(['nginx', '-c', file, '-e', join(own.folder, 'nginx/error.log')], { daemon: true })
 }
 
-export async function removeLegacySite(site: LegacySite): Promise<void> {
-  const compose = [
-    'docker',
-    'compose',
-    '--project-name',
-    site.project,
-    '--file',
-    join(projectRoot, 'example/legacy/docker-compose.yml'),
-  ]
-  await run([
-    ...compose,
-    '--env-file',
-    join(site.folder, '.env'),
-    'down',
-    '--volumes',
-    '--rmi',
-    'local',
-    '--timeout',
-    '1',
-  ])
-  await removeOwnSite(site.own)
+/** By Compose's labels: its files may be gone, or have another name. */
+export async function removeLegacySite({ own, project }: LegacySite): Promise<void> {
+  const label = `label=com.docker.compose.project=${project}`
+  for (const [kind, list, remove] of [
+    ['container', ['ls', '--all'], ['rm', '--force', '--volumes']],
+    ['volume', ['ls'], ['rm']],
+    ['network', ['ls'], ['rm']],
+    ['image', ['ls'], ['rm', '--force']],
+  ] as const) {
+    const found = (await run(['docker', kind, ...list, '--quiet', '--filter', label])).trim()
+    if (found) await run(['docker', kind, ...remove, ...new Set(found.split('\n'))])
+  }
+  await removeOwnSite(own)
 }

@@ -346,8 +346,8 @@ function* slices(block: Buffer, tail: Buffer): Generator<Buffer> {
 }
 
 /**
- * What is asked of the site, and nothing else: no retry, no redirect, no proxy. Node's own client, since
- * undici's first looks whether an idle connection was closed; the request of a visitor far away cannot know.
+ * What is asked of the site, and nothing else: no retry, no redirect, no proxy. Not by `fetch`: that first looks whether an idle
+ * connection was closed; the request of a visitor far away cannot know.
  */
 function siteOf({ url, host, deadlineMs = 60_000 }: LoadOptions) {
   const { origin } = loopback(url)

@@ -1,14 +1,15 @@
 /** Backs up the running site as one state that is proven to be readable, and puts such a state in place again so that it can be undone. */
 import { existsSync } from 'node:fs'
-import { resolve } from 'node:path'
+import { join, resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import { setFlagsFromString } from 'node:v8'
+import { shellQuoted } from './lib/command.mts'
 import { makeBackup } from './lib/data/backup.mts'
 import { megabytes } from './lib/data/room.mts'
-import { bytesOf, findSet, lookAtSets, newestUnreadable } from './lib/data/catalogue.mts'
+import { bytesOf, findSet, lookAtSets, newestUnreadable, setsWithUploads } from './lib/data/catalogue.mts'
 import { exclusively } from './lib/data/exclusive.mts'
 import { acceptable, listed, type Acceptable } from './lib/data/fitness.mts'
-import { parts as allParts, readManifest, type Part } from './lib/data/manifest.mts'
+import { parts as allParts, readManifest, type Manifest, type Part } from './lib/data/manifest.mts'
 import { restoreNewHost } from './lib/data/newhost.mts'
 import { pinged, type Pings } from './lib/data/ping.mts'
 import { alarmOf, known, retention } from './lib/data/retention.mts'
@@ -178,18 +179,28 @@ async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
         const { name, manifest } = await makeBackup(site, parts)
         report.addToResult({ set: name, bytes: bytesOf(manifest), missing: manifest.missing })
         await rememberVerified(site, { set: name, deep: false, wrong: [] })
-        if (manifest.missing.length > 0) throw degraded(site, name, manifest.missing)
+        if (manifest.missing.length > 0) throw await degraded(site, name, manifest)
         say(`Done: ${setFolder(site, name)}, ${megabytes(bytesOf(manifest))}, read back and right.`)
       },
     )
   })
 }
 
-function degraded(site: Site, name: string, missing: string[]): Problem {
+async function degraded(site: Site, name: string, { missing, uploads }: Manifest): Promise<Problem> {
+  const held = await setsWithUploads(site, uploads?.missing ?? [])
+  const sentences = missing.map((sentence) => {
+    const [, set] = [...held].find(([upload]) => sentence.startsWith(`uploads/${upload} `)) ?? []
+    return set === undefined ? sentence : `${sentence}; ${set} still has it`
+  })
+  const [[upload, set] = []] = held
+  const putBack =
+    set === undefined || upload === undefined
+      ? ''
+      : `Put one back: tar -xf ${join(setFolder(site, set), 'uploads.tar')} -C ${site.folders.uploads} ${shellQuoted(upload)}\n`
   return new Problem(
     exitCodes.degraded,
-    `the set ${name} was written, but it lacks what its manifest.json names:${listed(missing)}`,
-    `Rows that refer to files which are gone can be removed in the media library. The set: ${setFolder(site, name)}`,
+    `the set ${name} was written, but it lacks what its manifest.json names:${listed(sentences)}`,
+    `${putBack}Rows that refer to files which are gone can be removed in the media library. The set: ${setFolder(site, name)}`,
   )
 }
 

@@ -5,7 +5,14 @@ import { agree, needAnswer } from './lib/agree.mts'
 import { endOrphans, markCommands } from './lib/command.mts'
 import { endLeftovers } from './lib/data/exclusive.mts'
 import { installSoftware, missingSoftware } from './lib/install.mts'
-import { describeRollback, finalize, refuseNewSchema, rollBack, showStatus } from './lib/legacy/back.mts'
+import {
+  describeRollback,
+  finalize,
+  refuseNewSchema,
+  removeForGood,
+  rollBack,
+  showStatus,
+} from './lib/legacy/back.mts'
 import { checkList } from './lib/legacy/checklist.mts'
 import { note, notes } from './lib/legacy/journal.mts'
 import { describe, needFit, see, type Migration } from './lib/legacy/migration.mts'
@@ -14,7 +21,7 @@ import { settle } from './lib/legacy/switch.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, step } from './lib/report.mts'
-import { asRoot, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
+import { asRoot, loadSite, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
 
 const impactQuestion = 'Stop the legacy site'
 const names = ['look', ...preparation.map(({ name }) => name), ...impact.map(({ name }) => name), 'check']
@@ -82,6 +89,7 @@ await report.main(async () => {
     const look = () => see(envFile, from, leave)
     if (options.status) return await showStatus(await look())
     if (options.rollback) return await back(await look(), isAgreed, options['accept-schema-change'] ?? false)
+    if (options.finalize && noted.final && !isReading) return await removeForGood(await loadSite(envFile))
     if (options.finalize) return await forGood(await look(), isAgreed)
     await migrate(await step('1/8', 'Look at the legacy set-up', look), options.until ?? 'check', isAgreed)
   } finally {

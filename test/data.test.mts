@@ -159,7 +159,8 @@ describe('a backup', () => {
     const outcome = await own.run('data')
     await writeFile(lost, content)
     expect(outcome.code).toBe(3)
-    expect(outcome.stderr).toContain('uploads/small_picture_7.png is not there')
+    expect(outcome.stderr).toMatch(/uploads\/small_picture_7\.png is not there; [\d-]+ still has it/)
+    expect(outcome.stderr).toMatch(/Put one back: tar -xf .*uploads\.tar -C .* small_picture_7\.png/)
     expect((await mustSucceed(own.run('data', 'list'))).stdout).toMatch(/1 MISSING$/m)
   })
 

@@ -5,7 +5,7 @@ import { mkdtemp, readdir, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { inject } from 'vitest'
+import { expect, inject } from 'vitest'
 import {
   legacyCompose,
   removeLegacySite,
@@ -17,7 +17,7 @@ import { run } from '../scripts/lib/command.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { getUrl } from '../scripts/lib/http.mts'
 import { projectRoot } from '../scripts/lib/settings.mts'
-import { testSite, type Outcome, type TestSite } from './harness.mts'
+import { resultOf, testSite, type Outcome, type TestSite } from './harness.mts'
 
 export interface LegacyTest extends LegacySite {
   /** The new set-up. */
@@ -47,7 +47,9 @@ export async function tinyLegacy(port: number, settings: Record<string, string> 
       INSERT INTO things (name) SELECT 'thing ' || n FROM generate_series(1, 500) AS n;
       CREATE TABLE strapi_api_tokens (id serial PRIMARY KEY, name text, description text, type text, access_key text,
         expires_at timestamp, created_at timestamp, updated_at timestamp);
-      CREATE TABLE files (id serial PRIMARY KEY, url text, provider text, formats jsonb)`)
+      CREATE TABLE files (id serial PRIMARY KEY, url text, provider text, formats jsonb);
+      CREATE TABLE strapi_database_schema (id serial PRIMARY KEY, hash text, schema json);
+      INSERT INTO strapi_database_schema (hash, schema) VALUES ('of the legacy one', '{ "tables": [] }')`)
     await fillUploads(legacy, oddNames(20))
   } catch (error) {
     await legacy.remove()
@@ -76,7 +78,12 @@ export async function newLegacy(
     site,
     migrate: (...options) => site.run('migrate', '--from', legacy.folder, ...options),
     async sql(text, isNew = false) {
-      const [made] = isNew ? await engine.serviceContainers(legacy.own.project, 'postgresql') : []
+      const owner = isNew ? legacy.own.project : legacy.project
+      const made = (await engine.composeContainers()).find(
+        ({ Config: { Labels } }) =>
+          Labels['com.docker.compose.project'] === owner &&
+          /^(postgresql|db)$/.test(Labels['com.docker.compose.service'] ?? ''),
+      )
       const psql = [
         'psql',
         '--no-psqlrc',
@@ -86,8 +93,9 @@ export async function newLegacy(
         '--username=BoB',
         '--dbname=BoB',
       ]
-      const container = isNew ? (made?.Id ?? '') : legacy.postgresql
-      return (await run(['docker', 'exec', '--user=postgres', container, ...psql, '--command', text])).trim()
+      return (
+        await run(['docker', 'exec', '--user=postgres', made?.Id ?? '', ...psql, '--command', text])
+      ).trim()
     },
     remove: () => removeLegacySite(legacy),
   }
@@ -144,7 +152,8 @@ export async function sumsOf(folder: string): Promise<Record<string, string>> {
   const names = (await readdir(folder, { recursive: true, withFileTypes: true }))
     .filter((entry) => entry.isFile())
     .map((entry) => join(entry.parentPath, entry.name))
-    .filter((path) => !path.includes('.strapi-blue-green'))
+    // The tiny app's own table goes on all the time.
+    .filter((path) => !path.includes('.strapi-blue-green') && !path.endsWith('/.pings'))
     .toSorted()
   const sums: Record<string, string> = {}
   for (const path of names) {
@@ -155,6 +164,55 @@ export async function sumsOf(folder: string): Promise<Record<string, string>> {
   return sums
 }
 
+/** What `--status` says of it. */
+export async function stateOf(legacy: LegacyTest): Promise<unknown> {
+  return resultOf(await legacy.site.begin('migrate', ['--status', '--from', legacy.folder]).outcome).state
+}
+
+/** It answers as before, and alone. */
+export async function expectLegacy(legacy: LegacyTest): Promise<void> {
+  expect(await stateOf(legacy)).toBe('legacy')
+  expect(await isAnswered(legacy.own.url)).toBe(true)
+  const found = await engine.composeContainers()
+  const of = (project: string) =>
+    found.filter((one) => one.Config.Labels['com.docker.compose.project'] === project)
+  for (const { Name, State, HostConfig } of of(legacy.project))
+    expect([Name, State.Status, HostConfig.RestartPolicy.Name]).toEqual([
+      Name,
+      'running',
+      expect.stringMatching(/^(always|unless-stopped)$/),
+    ])
+  expect(of(legacy.own.project).filter((one) => one.State.Status === 'running')).toEqual([])
+  expect((await readdir(legacy.folder)).filter((name) => name.endsWith('.migrated'))).toEqual([])
+  expect(await readdir(join(legacy.own.folder, 'nginx/conf.d'))).toEqual(['legacy.conf'])
+}
+
+export async function expectMigrated(legacy: LegacyTest): Promise<void> {
+  expect(await stateOf(legacy)).toBe('served')
+  expect(await isAnswered(legacy.own.url)).toBe(true)
+  const { master } = await legacy.site.observe()
+  expect(master.status).toBe('healthy')
+  expect(await readdir(join(legacy.own.folder, 'nginx/conf.d'))).toEqual(['bob.strapi-pro.com.conf'])
+}
+
+/** kill -9, so many milliseconds after it has said this. */
+export async function killAt(
+  legacy: LegacyTest,
+  options: string[],
+  message: string,
+  delayMs: number,
+): Promise<void> {
+  const acted: Promise<void>[] = []
+  const argv = ['--from', legacy.folder, ...options]
+  const { outcome } = legacy.site.begin('migrate', argv, (event, child) => {
+    if (event.message.startsWith(message) && acted.length === 0)
+      acted.push(sleep(delayMs).then(() => void child.kill('SIGKILL')))
+  })
+  const { code, stdout } = await outcome
+  expect([code, acted.length], `killed at "${message}"\n${stdout}`).toEqual([null, 1])
+  await Promise.all(acted)
+}
+
 /** Everything of both set-ups that a run could have changed. */
 export async function worldOf({ own, project }: LegacySite): Promise<unknown> {
   const list = async (...rest: string[]) => (await run(['docker', ...rest])).split('\n').toSorted()
@@ -163,7 +221,7 @@ export async function worldOf({ own, project }: LegacySite): Promise<unknown> {
   )
   // PostgreSQL and Redis write as they like; nginx logs.
   const files = Object.entries(await sumsOf(own.folder)).filter(
-    ([name]) => !/\/data\/postgresql\/|nginx\/.*\.log|\.pings/.test(name),
+    ([name]) => !/\/data\/postgresql\/|nginx\/.*\.log/.test(name),
   )
   return {
     files,

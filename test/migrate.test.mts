@@ -1,20 +1,26 @@
-/** From the legacy set-up to the new one and back: what is there comes along, whatever interrupts it. The tiny app stands for Strapi. */
-import { mkdir, readdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
+/** From the legacy set-up to the new one and back: what is there comes along, and nothing is changed before. The tiny app stands for Strapi. */
+import { mkdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
-import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
-import { startServices } from '../scripts/lib/actions.mts'
-import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText } from '../scripts/lib/envfile.mts'
 import { legacyCompose } from '../example/legacy.mts'
-import { loadSite } from '../scripts/lib/settings.mts'
-import { isAnswered, sumsOf, tinyLegacy, untilAnswered, worldOf, type LegacyTest } from './legacy.mts'
-import { mustSucceed, resultOf } from './harness.mts'
+import {
+  expectLegacy,
+  expectMigrated,
+  isAnswered,
+  killAt,
+  sumsOf,
+  tinyLegacy,
+  untilAnswered,
+  worldOf,
+  type LegacyTest,
+} from './legacy.mts'
+import { mustSucceed } from './harness.mts'
 
 let legacy: LegacyTest
 
@@ -24,32 +30,6 @@ beforeAll(async () => {
 afterAll(async () => {
   await legacy.remove()
 })
-
-const statusOf = async () =>
-  resultOf(await legacy.site.begin('migrate', ['--status', '--from', legacy.folder]).outcome)
-
-/** Answers as before, and alone. */
-async function expectLegacy(): Promise<void> {
-  expect((await statusOf()).state).toBe('legacy')
-  expect(await isAnswered(legacy.own.url)).toBe(true)
-  const found = await engine.composeContainers()
-  const of = (project: string) =>
-    found.filter((one) => one.Config.Labels['com.docker.compose.project'] === project)
-  expect(of(legacy.project).map((one) => [one.State.Status, one.HostConfig.RestartPolicy.Name])).toEqual(
-    Array.from({ length: 3 }, () => ['running', 'always']),
-  )
-  expect(of(legacy.own.project).filter((one) => one.State.Status === 'running')).toEqual([])
-  expect(await readText(join(legacy.folder, 'docker-compose.yml'))).toContain('services:')
-  expect(await readdir(join(legacy.own.folder, 'nginx/conf.d'))).toEqual(['legacy.conf'])
-}
-
-async function expectMigrated(): Promise<void> {
-  expect((await statusOf()).state).toBe('served')
-  expect(await isAnswered(legacy.own.url)).toBe(true)
-  const { master } = await legacy.site.observe()
-  expect(master.status).toBe('healthy')
-  expect(await readdir(join(legacy.own.folder, 'nginx/conf.d'))).toEqual(['bob.strapi-pro.com.conf'])
-}
 
 describe('before anything is changed', () => {
   test('a dry run says what it would do, and changes not one file, container, volume or image', async () => {
@@ -188,6 +168,14 @@ describe('before anything is changed', () => {
     },
   )
 
+  test('a second run while one is at work ends with 4', async () => {
+    const first = legacy.site.begin('migrate', ['--from', legacy.folder, '--until', 'backup'])
+    await once(first.child.stdout ?? process.stdin, 'data')
+    const second = await legacy.migrate('--until', 'backup')
+    expect([second.code, second.stderr]).toEqual([4, expect.stringContaining('migrate')])
+    await mustSucceed(first.outcome)
+  })
+
   test('everything that is wrong is said at once', async () => {
     await legacy.site.set({ POSTGRES_IMAGE: 'postgres:15-alpine' })
     await symlink('/etc/passwd', join(legacy.uploads, 'link.jpg'))
@@ -215,10 +203,18 @@ describe('a migration', () => {
       getsPerSecond: 20,
       postsPerSecond: 0,
     })
-    const outcome = await mustSucceed(legacy.migrate('--yes'))
+    const startedAt = Date.now()
+    let switchedAt = 0
+    const outcome = await mustSucceed(
+      legacy.site.begin('migrate', ['--from', legacy.folder, '--yes'], (event) => {
+        if (event.message === 'stopping the legacy Strapi') switchedAt = Date.now() - startedAt
+      }).outcome,
+    )
     const report = await load.stop()
-    console.log(`outage seen from outside: ${report.longestGapMs} ms`)
+    console.log(`outage seen from outside: ${report.longestGapMs} ms, after ${switchedAt} ms without a loss`)
     expect(report.sent).toBeGreaterThan(100)
+    expect(switchedAt).toBeGreaterThan(1000)
+    expect(report.lost.filter(({ at }) => at < switchedAt)).toEqual([])
     // The tiny app starts in a moment; what is left is PostgreSQL, Redis and the engine.
     expect(report.longestGapMs).toBeLessThan(20_000)
     for (const line of outcome.stdout.split('\n')) expect(line).not.toMatch(/\[ \]/)
@@ -226,10 +222,10 @@ describe('a migration', () => {
     for (const [, value] of secrets.filter(([key]) => /PASSWORD|SECRET|KEY|SALT/.test(key)))
       expect(outcome.stdout + outcome.stderr).not.toContain(value)
     expect(outcome.stdout.match(/\[x\]/g)).toHaveLength(7)
-    await expectMigrated()
+    await expectMigrated(legacy)
     expect(await legacy.sql(allRows, true)).toBe(rows)
-    expect(without(await sumsOf(join(legacy.own.folder, 'uploads')))).toEqual(sums)
-    expect(without(await sumsOf(legacy.uploads))).toEqual(sums)
+    expect(await sumsOf(join(legacy.own.folder, 'uploads'))).toEqual(sums)
+    expect(await sumsOf(legacy.uploads)).toEqual(sums)
     const { uid, gid } = await stat(join(legacy.own.folder, 'uploads/empty.bin'))
     expect([uid, gid]).toEqual([1000, 1000])
     expect(await job()).toBe('7')
@@ -268,29 +264,42 @@ describe('a migration', () => {
   test('goes back: rows and uploads made since stay, and a set has them, too', async () => {
     await legacy.sql(`INSERT INTO things (name) VALUES ('made since')`, true)
     await writeFile(join(legacy.own.folder, 'uploads/since.jpg'), 'since')
+    await mustSucceed(legacy.site.run('data', 'backup'))
+    await legacy.sql('DELETE FROM things', true)
+    await mustSucceed(legacy.site.run('data', 'restore', '--yes'))
     const outcome = await mustSucceed(legacy.migrate('--rollback', '--yes'))
     expect(outcome.stdout).toMatch(/1 rows more in public\.things; 1 uploads are new/)
-    await expectLegacy()
+    await expectLegacy(legacy)
     expect(await legacy.sql(`SELECT count(*) FROM things WHERE name = 'made since'`)).toBe('1')
     expect(await readFile(join(legacy.uploads, 'since.jpg'), 'utf8')).toBe('since')
     const { since, ...before } = renamed(await sumsOf(legacy.uploads), 'since.jpg', 'since')
     expect(since).toBeDefined()
-    expect(without(before)).toEqual(sums)
+    expect(before).toEqual(sums)
     const { stdout } = await mustSucceed(legacy.site.run('data', 'list'))
     expect(stdout.trim().split('\n').length).toBeGreaterThanOrEqual(2)
+  })
+
+  test('does not go back to a Strapi that would drop what has come to the schema, unless that is said', async () => {
+    await mustSucceed(legacy.migrate('--until', 'switch', '--yes'))
+    await legacy.sql(`UPDATE strapi_database_schema SET hash = 'of the new one'`, true)
+    const refused = await legacy.migrate('--rollback', '--yes')
+    expect([refused.code, refused.stderr]).toEqual([2, expect.stringContaining('--accept-schema-change')])
+    expect(await isAnswered(legacy.own.url)).toBe(true)
+    await mustSucceed(legacy.migrate('--rollback', '--yes', '--accept-schema-change'))
+    await expectLegacy(legacy)
   })
 
   test('goes by dump and restore where the database is to be in another folder; back, what came since is left in a set', async () => {
     await legacy.site.set({ POSTGRES_VOLUME: join(legacy.own.folder, 'postgresql') })
     rows = await legacy.sql(allRows)
     await mustSucceed(legacy.migrate('--yes'))
-    await expectMigrated()
+    await expectMigrated(legacy)
     expect(await legacy.sql(allRows, true)).toBe(rows)
     expect(await readText(join(legacy.folder, '../data/postgresql/PG_VERSION'))).toMatch(/^17/)
     await legacy.sql(`INSERT INTO things (name) VALUES ('left behind')`, true)
     const outcome = await mustSucceed(legacy.migrate('--rollback', '--yes'))
     expect(outcome.stdout).toMatch(/1 rows more in public\.things.*left behind, in a backup set/)
-    await expectLegacy()
+    await expectLegacy(legacy)
     expect(await legacy.sql(allRows)).toBe(rows)
   })
 
@@ -302,7 +311,7 @@ describe('a migration', () => {
     expect(outcome.stderr).toMatch(
       /the legacy set-up serves again with all its data[^]*exits, as its behaviour\.json wants/,
     )
-    await expectLegacy()
+    await expectLegacy(legacy)
     expect(await legacy.sql(allRows)).toBe(rows)
     await legacy.site.behave({})
   })
@@ -313,7 +322,7 @@ describe('a migration', () => {
       const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))
       expect(stdout).not.toContain('8/8')
       await mustSucceed(legacy.migrate('--rollback', '--yes'))
-      await expectLegacy()
+      await expectLegacy(legacy)
       expect(await legacy.sql(allRows)).toBe(rows)
     },
   )
@@ -324,160 +333,9 @@ describe('a migration', () => {
   }
 })
 
-/** What it says when it is killed, and so many milliseconds later. */
-const points: [string, number][] = [
-  ['archiving the uploads', 50],
-  ['dumping database.dump', 100],
-  ['Write the settings of the new set-up', 5],
-  ['Copy the uploads', 10],
-  ['Build the new images', 300],
-  ['Build the new images', 2500],
-  ['stopping the legacy Strapi', 50],
-  ['moving database, Redis and uploads over', 100],
-  ['moving database, Redis and uploads over', 900],
-  ['starting strapi-master', 100],
-  ['nginx: the new site in place of the legacy one', 60],
-  ['Check list', 100],
-]
-/** Two in the outage, each from the beginning. */
-const alone = points.slice(8, 10)
-
-describe('killed with -9', () => {
-  let rows: string
-  const things = 'SELECT id, name FROM things ORDER BY id'
-
-  beforeAll(async () => {
-    await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    // On the same data: the harder way.
-    await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
-    rows = await legacy.sql(things)
-  })
-  afterEach(async () => {
-    await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    await expectLegacy()
-    expect(await legacy.sql(things)).toBe(rows)
-  })
-
-  test('at all points one after the other, the same command comes to the same end', async () => {
-    await rm(join(legacy.own.folder, 'strapi'), { recursive: true, force: true })
-    await writeFile(join(legacy.uploads, `new ${Date.now()}.jpg`), 'not copied yet')
-    for (const [message, delayMs] of points) await killAt(['--yes'], message, delayMs)
-    await mustSucceed(legacy.migrate('--yes'))
-    await expectMigrated()
-    expect(await legacy.sql(things, true)).toBe(rows)
-    expect(without(await sumsOf(join(legacy.own.folder, 'uploads')))).toEqual(
-      without(await sumsOf(legacy.uploads)),
-    )
-  })
-
-  test.each(alone)(
-    'at "%s", %i ms later: the same command comes to the same end',
-    async (message, delayMs) => {
-      await killAt(['--yes'], message, delayMs)
-      await mustSucceed(legacy.migrate('--yes'))
-      await expectMigrated()
-      expect(await legacy.sql(things, true)).toBe(rows)
-    },
-  )
-
-  test('in the middle of the switch: the way back is there at once, and no deploy starts what has no data yet', async () => {
-    await killAt(['--yes'], 'moving database, Redis and uploads over', 400)
-    await expect(startServices(await loadSite(legacy.own.envFile))).rejects.toThrow(
-      /in the middle of its switch/,
-    )
-  })
-
-  test('on the way back, again and again: the same command brings it back', async () => {
-    await mustSucceed(legacy.migrate('--yes'))
-    const behaviour = join(legacy.source, 'behaviour.json')
-    await writeFile(behaviour, '{ "bootMs": 4000 }')
-    for (const message of [
-      'stopping the new set-up',
-      'starting the legacy set-up',
-      'waiting for the legacy Strapi',
-    ])
-      await killAt(['--rollback', '--yes'], message, 500)
-    await writeFile(behaviour, '{}')
-  })
-
-  test.each(['Restore the dump beside the live database', 'Swap the databases'])(
-    'where the database goes by dump and restore, at "%s": the way back is there',
-    async (message) => {
-      await legacy.site.set({ POSTGRES_VOLUME: join(legacy.own.folder, 'postgresql') })
-      await mustSucceed(legacy.migrate('--until', 'build'))
-      await killAt(['--yes'], message, 100)
-    },
-  )
-
-  test('where the database goes by dump and restore: the same command comes to the same end', async () => {
-    await killAt(['--yes'], 'Restore the dump beside the live database', 100)
-    await mustSucceed(legacy.migrate('--yes'))
-    await expectMigrated()
-    expect(await legacy.sql(things, true)).toBe(rows)
-  })
-
-  async function killAt(options: string[], message: string, delayMs: number): Promise<void> {
-    const acted: Promise<void>[] = []
-    const { outcome } = legacy.site.begin(
-      'migrate',
-      ['--from', legacy.folder, ...options],
-      (event, child) => {
-        if (event.message.startsWith(message) && acted.length === 0)
-          acted.push(sleep(delayMs).then(() => void child.kill('SIGKILL')))
-      },
-    )
-    const { code, stdout } = await outcome
-    expect([code, acted.length], `killed at "${message}"\n${stdout}`).toEqual([null, 1])
-    await Promise.all(acted)
-  }
-})
-
-describe('once the new Strapi has been started', () => {
-  beforeAll(() => legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' }))
-
-  test('Ctrl-C while it boots brings the legacy site back', async () => {
-    await mustSucceed(legacy.migrate('--until', 'settings'))
-    await legacy.site.behave({ bootMs: 10_000 })
-    const { outcome } = legacy.site.begin('migrate', ['--from', legacy.folder, '--yes'], (event, child) => {
-      if (event.message === 'starting strapi-master') setTimeout(() => child.kill('SIGINT'), 1500)
-    })
-    expect((await outcome).code).toBe(130)
-    await expectLegacy()
-    await legacy.site.behave({})
-  })
-
-  test('what it has taken since is never touched by the same command again, whatever has stopped', async () => {
-    await mustSucceed(legacy.migrate('--yes'))
-    await legacy.sql(`INSERT INTO things (name) VALUES ('only here')`, true)
-    await writeFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'only here')
-    await legacy.sql('DELETE FROM files WHERE id = 3', true)
-    for (const command of ['stop', 'down']) {
-      await run(compose(await loadSite(legacy.own.envFile), '--profile', '*', command))
-      expect((await statusOf()).state).toBe('down')
-      await mustSucceed(legacy.migrate())
-      await expectMigrated()
-      expect(await legacy.sql(`SELECT count(*) FROM things WHERE name = 'only here'`, true)).toBe('1')
-      expect(await readFile(join(legacy.own.folder, 'uploads/only here.jpg'), 'utf8')).toBe('only here')
-    }
-  })
-
-  test('no deploy starts a second PostgreSQL on data that is in use, by whatever name', async () => {
-    await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    const link = join(legacy.own.folder, 'linked')
-    await symlink(join(legacy.folder, '../data/postgresql'), link)
-    await legacy.site.set({ POSTGRES_VOLUME: link })
-    await expect(startServices(await loadSite(legacy.own.envFile))).rejects.toThrow(
-      /a second PostgreSQL there/,
-    )
-    // The migration sees that it is the legacy folder, and keeps away from it until the switch.
-    const { stdout } = await mustSucceed(legacy.migrate('--until', 'build'))
-    expect(stdout).toMatch(/takes the data over as it is/)
-    expect((await readEnv(legacy.own.envFile))?.POSTGRES_VOLUME).toMatch(/-migrated$/)
-  })
-})
-
 test('for good: containers go, data stays, and there is no way back any more', async () => {
   await mustSucceed(legacy.migrate('--yes'))
+  await killAt(legacy, ['--finalize', '--yes'], 'removing the legacy containers', 60)
   await mustSucceed(legacy.migrate('--finalize', '--yes'))
   const found = await engine.composeContainers()
   expect(found.filter((one) => one.Config.Labels['com.docker.compose.project'] === legacy.project)).toEqual(
@@ -488,11 +346,6 @@ test('for good: containers go, data stays, and there is no way back any more', a
   expect(outcome.code).toBe(2)
   expect(outcome.stderr).toMatch(/for good/)
 })
-
-/** The tiny app's own table goes on all the time. */
-function without(sums: Record<string, string>): Record<string, string> {
-  return Object.fromEntries(Object.entries(sums).filter(([name]) => name !== '.pings'))
-}
 
 /** A job of Bull's, more or less. */
 async function setJob(value: string): Promise<void> {

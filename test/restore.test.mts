@@ -367,6 +367,8 @@ describe('a restore', () => {
     const current = await spoil()
     const { stdout } = await mustSucceed(own.run('data', 'restore', set, '--dry-run'))
     expect(stdout).toMatch(/3 missing ones come back, 2 get the bytes of the set/)
+    expect(stdout).toMatch(/its [\d,]+ rows take the place of those of \S+ \([\d,]+\)/)
+    expect(stdout).toMatch(/in the set:\n +- public\.\w+ has \d+ rows instead of \d+/)
     expect(stdout).toContain('Nothing was changed')
     expect(await state()).toEqual(current)
   })

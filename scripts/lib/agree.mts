@@ -8,14 +8,15 @@ export function needAnswer(question: string, isAgreed: boolean): void {
     throw new Problem(exitCodes.usage, `${question} needs an answer, and there is no terminal`, 'Add: --yes')
 }
 
-/** @throws Problem (usage) without a terminal, or when the answer is not "yes"; (interrupted) without an answer */
+/** @throws Problem (usage) without a terminal; (interrupted) when the answer is not "yes", or there is none */
 export async function agree(question: string, isAgreed: boolean): Promise<void> {
   needAnswer(question, isAgreed)
   if (isAgreed) return
   const terminal = createInterface({ input: process.stdin, output: process.stdout })
   try {
     const answer = await terminal.question(`${question}? Type "yes": `, { signal: interrupted })
-    if (answer.trim() !== 'yes') throw new Problem(exitCodes.usage, 'nothing was changed')
+    if (answer.trim() !== 'yes')
+      throw new Problem(exitCodes.interrupted, 'the answer was not "yes"; nothing was changed')
   } catch (error) {
     // Ctrl-C, Ctrl-D.
     if (!(error instanceof Error) || error.name !== 'AbortError') throw error

@@ -119,3 +119,8 @@ export async function endOrphans(project: string): Promise<void> {
     await sleep(100)
   await signalAll('SIGKILL')
 }
+
+/** A word as a shell reads it back. */
+export function shellQuoted(word: string): string {
+  return /^[\w@+,./:=-]+$/.test(word) ? word : `'${word.replaceAll("'", String.raw`'\''`)}'`
+}

@@ -1,9 +1,12 @@
 /** One HTTP question with a deadline, on a connection of its own. */
-import { Client } from 'undici'
+import http from 'node:http'
+import https from 'node:https'
+import { once } from 'node:events'
+import { text } from 'node:stream/consumers'
 
 export interface Answer {
   status: number
-  headers: Record<string, string | string[] | undefined>
+  headers: http.IncomingHttpHeaders
   body: string
 }
 
@@ -11,6 +14,8 @@ export interface Question {
   headers?: Record<string, string>
   /** Connect to this host instead of the URL's; TLS still checks the URL's name. */
   dial?: string | undefined
+  /** Connect to this socket of the file system instead. */
+  socketPath?: string
   timeoutMs?: number
 }
 
@@ -26,23 +31,26 @@ export async function headUrl(address: string, question: Question = {}): Promise
 
 async function ask(method: 'GET' | 'HEAD', address: string, question: Question): Promise<Answer> {
   const url = new URL(address)
-  const origin = new URL(url.origin)
-  if (question.dial) origin.hostname = question.dial
-  const client = new Client(origin, {
-    connect: { servername: url.hostname, timeout: question.timeoutMs ?? 5000 },
+  const signal = AbortSignal.timeout(question.timeoutMs ?? 5000)
+  const request = (url.protocol === 'https:' ? https : http).request(url, {
+    method,
+    // By this name TLS is checked, whatever is connected to.
+    headers: { host: url.host, ...question.headers },
+    agent: false,
+    signal,
+    ...(question.dial && { hostname: question.dial }),
+    ...(question.socketPath && { socketPath: question.socketPath }),
   })
   try {
-    const { statusCode, headers, body } = await client.request({
-      method,
-      path: `${url.pathname}${url.search}`,
-      headers: { host: url.host, ...question.headers },
-      signal: AbortSignal.timeout(question.timeoutMs ?? 5000),
-    })
-    return { status: statusCode, headers, body: await body.text() }
+    const answered = once(request, 'response') as Promise<[http.IncomingMessage]>
+    request.end()
+    const [response] = await answered
+    const { statusCode = 0, headers } = response
+    return { status: statusCode, headers, body: await text(response) }
   } catch (error) {
-    throw new Error(`${address}: ${reasonOf(error)}`, { cause: error })
+    throw new Error(`${address}: ${signal.aborted ? 'no answer in time' : reasonOf(error)}`, { cause: error })
   } finally {
-    await client.destroy()
+    request.destroy()
   }
 }
 
@@ -50,6 +58,6 @@ function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error)
   const code = 'code' in error ? String(error.code) : ''
   if (code === 'ECONNREFUSED') return 'nothing listens there'
-  if (code === 'UND_ERR_SOCKET' || code === 'ECONNRESET') return 'accepted, then closed without an answer'
-  return error.name === 'TimeoutError' ? 'no answer in time' : error.message
+  if (code === 'EPIPE' || code === 'ECONNRESET') return 'accepted, then closed without an answer'
+  return error.message
 }

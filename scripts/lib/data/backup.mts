@@ -48,6 +48,12 @@ export interface Origin {
   configFiles: ConfigFile[]
 }
 
+export interface BackupOptions {
+  origin?: Origin
+  /** What ends it half-way; the interruption, if nothing is said. */
+  signal?: AbortSignal
+}
+
 /** What a killed run left: when PostgreSQL answers, its sessions and files; half-made sets. @returns what was found, in words */
 export async function endBackupLeftovers(site: Site): Promise<string[]> {
   const found: string[] = []
@@ -81,7 +87,11 @@ export async function endSessions(server: Server): Promise<number> {
  * Makes a set of these parts and reads it back.
  * @throws Problem or Error, with everything half-made removed
  */
-export async function makeBackup(site: Site, parts: Part[], origin?: Origin): Promise<Backup> {
+export async function makeBackup(
+  site: Site,
+  parts: Part[],
+  { origin, signal = interrupted }: BackupOptions = {},
+): Promise<Backup> {
   const createdAt = new Date()
   const name = await newSetName(site, createdAt)
   const database =
@@ -91,7 +101,7 @@ export async function makeBackup(site: Site, parts: Part[], origin?: Origin): Pr
   await needSpace(site, parts, database)
   const folder = await stageSet(site, name)
   try {
-    const manifest = await fill(site, { name, folder, parts, createdAt, database, origin })
+    const manifest = await fill(site, { name, folder, parts, createdAt, database, origin, signal })
     detail('reading everything back')
     const progress = { bytes: 0 }
     const wrong = await alive(
@@ -99,7 +109,7 @@ export async function makeBackup(site: Site, parts: Part[], origin?: Origin): Pr
       () => wrongSums(folder, progress),
     )
     if (wrong.length > 0) throw new Error(`what was written reads back differently: ${wrong.join('; ')}`)
-    interrupted.throwIfAborted()
+    signal.throwIfAborted()
     detail(`making it the set ${name}`)
     await commitSet(site, name)
     return { name, manifest }
@@ -126,6 +136,7 @@ interface Job {
   /** PostgreSQL. */
   database: Server | undefined
   origin: Origin | undefined
+  signal: AbortSignal
 }
 
 async function fill(site: Site, job: Job): Promise<Manifest> {
@@ -171,10 +182,11 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
  * Uploads once, then the snapshot, then at once the uploads that came or changed meanwhile, then the dump of the snapshot:
  * a file that a row of the snapshot refers to has been there at one of the two passes.
  */
-async function takeState(site: Site, { name, folder, parts, database }: Job) {
+async function takeState(site: Site, job: Job) {
+  const { folder, parts, database, signal } = job
   if (database === undefined) return {}
   await using uploads = parts.includes('uploads')
-    ? archiveUploads(site.folders.uploads, join(folder, 'uploads.tar'), join(folder, 'uploads.jsonl'))
+    ? archiveUploads(site.folders.uploads, join(folder, 'uploads.tar'), join(folder, 'uploads.jsonl'), signal)
     : undefined
   const archive = async (title: string) => {
     if (!uploads) return
@@ -190,7 +202,7 @@ async function takeState(site: Site, { name, folder, parts, database }: Job) {
   try {
     await archive('archiving the uploads that have changed meanwhile')
     const archived = await uploads?.close(snapshot.uploads)
-    if (parts.includes('database')) await dumpDatabase(site, database, snapshot, name, folder)
+    if (parts.includes('database')) await dumpDatabase(site, database, snapshot, job)
     return { state: parts.includes('database') ? snapshot : undefined, uploads: archived }
   } finally {
     await snapshot.close()
@@ -201,13 +213,12 @@ async function dumpDatabase(
   site: Site,
   database: Server,
   snapshot: Snapshot,
-  name: string,
-  folder: string,
+  { name, folder, signal }: Job,
 ): Promise<void> {
   // zstd is there from 16 on, and several times as fast.
   const compression = Number.parseInt(snapshot.serverVersion) >= 16 ? 'zstd' : 'gzip'
   const owner = `${process.getuid?.() ?? 0}:${process.getgid?.() ?? 0}`
-  const options = { timeoutMs: 12 * 3_600_000, signal: interrupted }
+  const options = { timeoutMs: 12 * 3_600_000, signal }
   const common = { database: site.database.name, snapshot: snapshot.id, compression } as const
   // Another's container does not see our folder.
   if (typeof database !== 'string') {

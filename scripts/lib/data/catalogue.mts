@@ -1,7 +1,7 @@
 /** What is known of the sets: what each says of itself, what was last seen of it, which one is the latest. */
 import { exitCodes, Problem, warn } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
-import { readManifest, type Manifest, type Part } from './manifest.mts'
+import { readManifest, uploadLines, type Manifest, type Part } from './manifest.mts'
 import { listSets, setFolder } from './sets.mts'
 import { readVerified, type Verified } from './verified.mts'
 
@@ -62,4 +62,17 @@ async function latestSet(site: Site, names: string[], parts: readonly Part[]): P
 /** Bytes of all files of a set. */
 export function bytesOf({ files }: Manifest): number {
   return Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+}
+
+/** The newest set that holds each of these uploads; those that no set holds are not in it. */
+export async function setsWithUploads(site: Site, names: string[]): Promise<Map<string, string>> {
+  const found = new Map<string, string>()
+  const sought = new Set(names)
+  const { sets } = await lookAtSets(site)
+  for (const { name: set } of sets.filter(({ manifest }) => manifest.uploads).toReversed()) {
+    if (sought.size === 0) break
+    for await (const { name } of uploadLines(setFolder(site, set)))
+      if (sought.delete(name)) found.set(name, set)
+  }
+  return found
 }

@@ -29,11 +29,15 @@ import { flagged } from '../traffic.mts'
 import { incoming, keptName, readDatabases, restoredComment, swap } from './databases.mts'
 import * as exchange from './exchange.mts'
 import * as plans from './plan.mts'
+import { listed } from './fitness.mts'
 import { prepare, type Job, type Request } from './job.mts'
 import { loadDump } from './load.mts'
 import { missingIn } from './manifest.mts'
+import * as tools from './postgresql.mts'
 import { megabytes } from './room.mts'
+import { openSnapshot } from './snapshot.mts'
 import { forgetTakenBack, mendRestore, takeBack } from './undo.mts'
+import { differentRows } from './verify.mts'
 
 /** For a slot that runs to serve again after the swap. */
 const patienceMs = 15_000
@@ -42,7 +46,7 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
   const job = await step('1/6', `Read ${request.set}, see that it fits this site`, () =>
     prepare(site, request),
   )
-  describe(job)
+  await describe(job)
   if (!job.isNewHost && job.databases.live)
     detail('what was written since then is not seen any more; undo brings it back')
   if (isDryRun()) return say('Nothing was changed.')
@@ -82,15 +86,18 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
   conclude(job)
 }
 
-function describe(job: Job): void {
+async function describe(job: Job): Promise<void> {
   const { manifest, uploads, site } = job
   const taken = `${manifest.createdAt.slice(0, 16).replace('T', ' ')} UTC`
   detail(`taken ${taken}, release ${manifest.release ?? 'unknown'}: ${job.parts.join(', ')}`)
   if (job.withDatabase) {
-    const rows = Object.values(manifest.database?.rows ?? {}).reduce((total, count) => total + count, 0)
+    const before = await liveRows(job)
+    const rows = manifest.database?.rows ?? {}
     detail(
-      `database: its ${rows.toLocaleString('en')} rows take the place of those of ${site.database.name}, which are kept`,
+      `database: its ${total(rows)} rows take the place of those of ${site.database.name}${before ? ` (${total(before)})` : ''}, which are kept`,
     )
+    const different = before ? differentRows(before, rows) : []
+    if (different.length > 0) detail(`in the set:${listed(different)}`)
   }
   if (uploads)
     detail(
@@ -105,6 +112,28 @@ function describe(job: Job): void {
       same: uploads.same.size,
     },
   })
+}
+
+/** Undefined where it is gone, or damaged: the more it is wanted. */
+async function liveRows({ site, postgresql, databases }: Job): Promise<Record<string, number> | undefined> {
+  if (!databases.live) return undefined
+  try {
+    const { name } = site.database
+    const live = await alive(
+      () => 'counting the rows that are live',
+      () => openSnapshot(postgresql, name, tools.restoreSession),
+    )
+    await live.close()
+    return live.rows
+  } catch {
+    return undefined
+  }
+}
+
+function total(rows: Record<string, number>): string {
+  return Object.values(rows)
+    .reduce((sum, count) => sum + count, 0)
+    .toLocaleString('en')
 }
 
 /** Also without uploads: what is written down lets the next run finish this one. */

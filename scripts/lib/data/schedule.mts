@@ -2,7 +2,7 @@
 import { existsSync } from 'node:fs'
 import { chmod, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { ask, run } from '../command.mts'
+import { ask, run, shellQuoted } from '../command.mts'
 import { readText } from '../envfile.mts'
 import {
   alive,
@@ -38,11 +38,7 @@ ${weekly} root ${command('verify', '--deep')}
 
 function cronCommand(site: Site, ...options: string[]): string {
   const words = [process.execPath, join(site.root, 'scripts/data.mts'), ...options]
-  return [...words, '--quiet', '--wait', '4h', '--env-file', site.envFile].map(quoted).join(' ')
-}
-
-function quoted(word: string): string {
-  return /^[\w@+,./:=-]+$/.test(word) ? word : `'${word.replaceAll("'", String.raw`'\''`)}'`
+  return [...words, '--quiet', '--wait', '4h', '--env-file', site.envFile].map(shellQuoted).join(' ')
 }
 
 /** Installs the file and runs its backup once, as cron would. @throws Problem */

@@ -20,7 +20,12 @@ export interface UploadsArchive {
 }
 
 /** Strapi writes a file before its row and removes it before its row, so a pass right after a snapshot has what it refers to. */
-export function archiveUploads(uploads: string, tarPath: string, listPath: string): UploadsArchive {
+export function archiveUploads(
+  uploads: string,
+  tarPath: string,
+  listPath: string,
+  signal = interrupted,
+): UploadsArchive {
   const list = openSync(listPath, 'wx', 0o600)
   let lines = ''
   const archive = createArchive(tarPath, (file) => {
@@ -31,7 +36,7 @@ export function archiveUploads(uploads: string, tarPath: string, listPath: strin
   const skipped = new Map<string, string>()
 
   async function add(name: string): Promise<void> {
-    interrupted.throwIfAborted()
+    signal.throwIfAborted()
     const before = known.get(name)
     if (before && isSame(join(uploads, name), before)) return
     const unsafe = unsafeName(name)

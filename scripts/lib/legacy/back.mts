@@ -76,6 +76,8 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
 export async function rollBack(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   const isShared = await sharesData(migration)
+  // What is needed again is not removed any more.
+  await note(site, { final: null })
   // Where some of the legacy set-up runs, an earlier way back has made it.
   if (stage === 'served' && (await runningServices(legacy)).length === 0)
     await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
@@ -129,7 +131,7 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   }
 }
 
-/** Removes the legacy containers; folders and volumes stay, and are named. */
+/** The legacy containers go; folders and volumes stay, and are named. @throws Problem (usage) while they may still be needed */
 export async function finalize(migration: Migration): Promise<void> {
   const { site, legacy } = migration
   if (!(await isSwitched(migration)))
@@ -138,13 +140,6 @@ export async function finalize(migration: Migration): Promise<void> {
       'the new set-up does not serve alone, so the legacy one stays; nothing was changed',
       `See: ${scriptCommand('migrate', site.envFile, '--status')}`,
     )
-  const containers = inStartOrder(legacy).map(({ container }) => container)
-  await note(site, { isFinal: true })
-  await run(['docker', 'rm', ...containers.map(({ Id }) => Id)])
-  await endCopy(site.folders.uploads)
-  say(
-    `Done: removed ${containers.map((container) => nameOf({ container })).join(', ')}. There is no way back by --rollback any more.`,
-  )
   const volume = legacy.services.redis.container.Mounts.find(
     ({ Destination }) => Destination === '/data',
   )?.Name
@@ -152,7 +147,20 @@ export async function finalize(migration: Migration): Promise<void> {
     ...(volume === undefined ? [] : [`docker volume rm ${volume}`]),
     ...[legacy.source, legacy.folder].filter((path) => !holdsLive(site, path)).map((path) => `rm -r ${path}`),
   ]
-  say(`By hand, when nobody needs it any more: ${rest.join('; ')}`)
+  const containers = inStartOrder(legacy).map(({ container }) => container.Id)
+  await note(site, { final: { containers, byHand: rest.join('; ') } })
+  await removeForGood(site)
+}
+
+/** From the decision on; repeated, it goes on. */
+export async function removeForGood(site: Site): Promise<void> {
+  const { final } = await notes(site)
+  if (!final) return
+  detail('removing the legacy containers')
+  for (const id of final.containers) if (await engine.container(id)) await run(['docker', 'rm', id])
+  await endCopy(site.folders.uploads)
+  say('Done: the legacy containers are removed. There is no way back by --rollback any more.')
+  say(`By hand, when nobody needs it any more: ${final.byHand}`)
 }
 
 /** Whether something that is in use lies below a folder. */

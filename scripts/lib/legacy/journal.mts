@@ -30,7 +30,8 @@ export interface Note {
   schemaHash?: string | undefined
   /** The set that the new database came from, where it does not share the data. */
   restoredSet?: string
-  isFinal?: boolean
+  /** Ids of the containers that are removed for good, and what is left to be removed by hand. */
+  final?: { containers: string[]; byHand: string } | null
 }
 
 export async function note(site: Site, entry: Omit<Note, 'at'>): Promise<void> {

@@ -47,11 +47,11 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   const noted = await notes({ stateDir: resolve(envFile, '../.state') })
   const legacy = await look(folder, leave, noted)
   if (Array.isArray(legacy)) {
-    if (!noted.isFinal) throw refusal(folder, legacy)
+    if (!noted.final) throw refusal(folder, legacy)
     throw new Problem(
       exitCodes.usage,
-      `the migration was ended for good on ${noted.at?.slice(0, 10)}: of the legacy set-up no containers are left`,
-      `A state of the site from then: ${scriptCommand('data', envFile, 'list')}`,
+      `the migration was ended for good on ${noted.at?.slice(0, 10)}`,
+      `Containers that are left of the legacy set-up: ${scriptCommand('migrate', envFile, '--finalize')}\nA state of the site from then: ${scriptCommand('data', envFile, 'list')}`,
     )
   }
   const own = parse((await readText(envFile)) ?? '')
@@ -62,7 +62,13 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
     hasTls: Boolean(own.TLS_CERTIFICATE),
   })
   const isRetired = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
-  const settings = await planSettings(envFile, legacy, nginx, isRetired)
+  const settings = await planSettings(envFile, legacy, nginx, {
+    isRetired,
+    alsoWrong: async (site) =>
+      isRetired
+        ? []
+        : (await problemsOf({ legacy, nginx, site })).map(({ problem, fix }) => `${problem}: ${fix}`),
+  })
   const hasServed = noted.hasServed || (await wasStarted(settings.site))
   const stage = !isRetired ? 'legacy' : hasServed ? 'served' : 'switching'
   return { envFile, legacy, nginx, settings, site: settings.site, stage, leave }
@@ -77,7 +83,7 @@ export async function wasStarted(site: Site): Promise<boolean> {
 }
 
 /** The plan in a few lines. */
-export async function describe({ legacy, nginx, site, stage }: Migration): Promise<void> {
+export async function describe({ legacy, nginx, site, stage, settings }: Migration): Promise<void> {
   const uploads = await folderBytes(legacy.uploads)
   const { database } = legacy
   detail(
@@ -92,6 +98,10 @@ export async function describe({ legacy, nginx, site, stage }: Migration): Promi
   )
   if (stage === 'legacy' && nginx.lost.length > 0)
     warn(`of the legacy nginx file this is not taken over: ${nginx.lost.join('; ')}`)
+  if (stage === 'legacy' && settings.kept.length > 0)
+    warn(
+      `set here already to another value than in the legacy set-up, which stays: ${settings.kept.join(', ')}; take a line out to have the legacy value`,
+    )
   addToResult({
     legacy: { project: legacy.project, uploadsBytes: uploads, databaseBytes: database.live?.bytes },
   })
@@ -103,7 +113,9 @@ export async function needFit(migration: Migration): Promise<void> {
   if (problems.length > 0) throw refusal(migration.legacy.folder, problems)
 }
 
-async function problemsOf({ legacy, nginx, site }: Migration): Promise<Finding[]> {
+type Planned = Pick<Migration, 'legacy' | 'nginx' | 'site'>
+
+async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> {
   const problems: Finding[] = [...nginx.problems]
   const add = (problem: string, fix: string) => problems.push({ problem, fix })
   for (const service of inStartOrder(legacy))

@@ -20,6 +20,8 @@ export interface Settings {
   application: string
   /** The site that they make. */
   site: Site
+  /** Keys that were set here already, and stay, to another value than in the legacy set-up. */
+  kept: string[]
 }
 
 /** Names of the legacy set-up itself, and what has another meaning here. */
@@ -31,13 +33,14 @@ const reserved = /^(postgres|pg_.*|template[01])$/
 
 /**
  * What is set in docker/.env here stays, but for what describes the data: that is as the legacy set-up has it.
+ * @param alsoWrong what else is to be said of a site that cannot be
  * @throws Problem (usage) that lists all that is wrong with the result
  */
 export async function planSettings(
   envFile: string,
   legacy: Legacy,
   nginx: LegacyNginx,
-  isRetired: boolean,
+  { isRetired, alsoWrong }: { isRetired: boolean; alsoWrong: (site: Site) => Promise<string[]> },
 ): Promise<Settings> {
   const example = (await readText(exampleFile)) ?? ''
   const defaults = parse(example)
@@ -49,15 +52,16 @@ export async function planSettings(
   // Never the folder in which the legacy one runs, until that has stopped: somebody may type `up` in between.
   const ownFolder = set.POSTGRES_VOLUME && resolve(projectRoot, 'docker', set.POSTGRES_VOLUME)
   if (!isRetired && ownFolder && isSameFolder(ownFolder, legacy.database.folder)) delete set.POSTGRES_VOLUME
-  const carried = Object.entries(legacy.settings)
-    .filter(([key, value]) => value !== '' && !notCarried.test(key) && set[key] === undefined)
+  const theirs = Object.entries(legacy.settings)
+    .filter(([key, value]) => value !== '' && !notCarried.test(key))
     .map(([key, value]): [string, string] => [
       key,
       paths.includes(key) ? absolute(legacy.folder, value) : value,
     ])
+  const data = describeData(legacy, ownValues, defaults)
   const values: Record<string, string | undefined> = {
-    ...Object.fromEntries(carried),
-    ...describeData(legacy, ownValues, defaults),
+    ...Object.fromEntries(theirs.filter(([key]) => set[key] === undefined)),
+    ...data,
     POSTGRES_VOLUME: set.POSTGRES_VOLUME ?? (await freshDatabaseFolder(legacy)),
     SERVER_NAME: set.SERVER_NAME ?? nginx.serverName,
     TLS_CERTIFICATE: set.TLS_CERTIFICATE ?? nginx.tls?.certificate,
@@ -75,8 +79,23 @@ export async function planSettings(
   )
   const profiles = set.COMPOSE_PROFILES ?? (legacy.services.livekit ? 'livekit' : '')
   const docker = setValues(base, { ...filled(values), COMPOSE_PROFILES: profiles })
-  const site = await loadSite(envFile, { text: docker })
-  return { docker, application: await planApplication(site, legacy), site }
+  const site = await loadSite(envFile, { text: docker, alsoWrong })
+  const application = await planApplication(site, legacy)
+  const kept = [
+    ...otherThan(parse(docker), theirs).map((key) => `${key} (docker/.env)`),
+    ...otherThan(parse(application), Object.entries(legacy.application)).map(
+      (key) => `${key} (the application's .env)`,
+    ),
+  ]
+  return { docker, application, site, kept }
+}
+
+/** Keys that have another value than the legacy set-up gives them, but for what must be another one here. */
+function otherThan(values: Record<string, string>, theirs: [string, string][]): string[] {
+  return theirs
+    .filter(([key, value]) => value !== '' && values[key] !== value && !(key in connection))
+    .map(([key]) => key)
+    .filter((key) => key !== 'UPLOADS_VOLUME')
 }
 
 /** A superuser, or a database that every PostgreSQL has, cannot be Strapi's here: it gets its own, by dump and restore. */

@@ -124,7 +124,7 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
   const ended = await endSessions(live.server)
   if (ended > 0) detail(`ended ${ended} sessions that an earlier run left in PostgreSQL`)
   const origin = { server: live.server, configFiles: configFiles(legacy, nginx) }
-  const { name, manifest } = await makeBackup(legacyView(site, legacy), [...parts], origin)
+  const { name, manifest } = await makeBackup(legacyView(site, legacy), [...parts], { origin })
   await rememberVerified(site, { set: name, deep: false, wrong: [] })
   await note(site, { backup: name })
   detail(`${setFolder(site, name)}, read back and right`)

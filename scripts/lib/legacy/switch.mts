@@ -228,7 +228,7 @@ async function dumpAndRestore(
   if (!isRunning || !live)
     throw new Error('the legacy PostgreSQL does not run, and its data is not in the new one yet')
   const origin: Origin = { server: live.server, configFiles: [] }
-  const { name, manifest } = await makeBackup(legacyView(site, legacy), ['database'], origin)
+  const { name, manifest } = await makeBackup(legacyView(site, legacy), ['database'], { origin })
   await note(site, { rows: manifest.database?.rows ?? {}, restoredSet: name })
   // No Strapi has seen it: what is there is empty, or a copy that was not used.
   await run(
@@ -376,9 +376,9 @@ async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
   if (copied > 0) detail(`${copied} uploads copied back`)
 }
 
-/** Visitors may have been there between its start and its end. */
+/** Visitors may have been there between its start and its end; who interrupts now means the switch. */
 async function keepWhatItTook(site: Site): Promise<void> {
-  const { name } = await makeBackup(site, [...parts])
+  const { name } = await makeBackup(site, [...parts], { signal: new AbortController().signal })
   warn(`what the new Strapi may have taken from visitors is in the set ${name}`)
 }
 

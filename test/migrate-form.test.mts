@@ -1,0 +1,120 @@
+/** A legacy set-up of another form: other names, no docker/.env, no names of containers, PostgreSQL in a volume, a service more. */
+import { rename, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { run } from '../scripts/lib/command.mts'
+import { readEnv, readText, setValues } from '../scripts/lib/envfile.mts'
+import { projectRoot } from '../scripts/lib/settings.mts'
+import {
+  expectLegacy,
+  expectMigrated,
+  newLegacy,
+  start,
+  sumsOf,
+  writeUploads,
+  type LegacyTest,
+} from './legacy.mts'
+import { mustSucceed } from './harness.mts'
+
+let legacy: LegacyTest
+let sums: Record<string, string>
+const allRows = 'SELECT id, name FROM things ORDER BY id'
+
+beforeAll(async () => {
+  legacy = await newLegacy(18_460, join(projectRoot, 'test/tiny'), {
+    STRAPI_DOCKERFILE: join(projectRoot, 'test/tiny/Dockerfile'),
+    HEALTH_INTERVAL: '0.2',
+    HEALTH_TIMEOUT: '15',
+  })
+  await writeFile(
+    join(legacy.source, 'package.json'),
+    JSON.stringify({ name: 'tiny', private: true, scripts: { build: 'true', start: 'node server.mjs' } }),
+  )
+  await writeFile(join(legacy.source, 'package-lock.json'), '{}')
+  const values = (await readEnv(join(legacy.folder, '.env'))) ?? {}
+  await writeFile(join(legacy.folder, 'docker-compose.yaml'), composeFile(values))
+  await rm(join(legacy.folder, 'docker-compose.yml'))
+  await rename(join(legacy.folder, '.env'), join(legacy.folder, 'env.old'))
+  const env = join(legacy.source, '.env')
+  await writeFile(
+    env,
+    setValues((await readText(env)) ?? '', { DATABASE_HOST: 'db', REDIS_HOST: 'cache-redis' }),
+  )
+  // As the first Compose named them: project_service_1.
+  process.env.COMPOSE_COMPATIBILITY = '1'
+  await start(legacy)
+  delete process.env.COMPOSE_COMPATIBILITY
+  await legacy.sql(`CREATE TABLE things (id serial PRIMARY KEY, name text);
+    INSERT INTO things (name) SELECT 'thing ' || n FROM generate_series(1, 50) AS n;
+    CREATE TABLE strapi_api_tokens (id serial PRIMARY KEY, name text, description text, type text, access_key text,
+      expires_at timestamp, created_at timestamp, updated_at timestamp)`)
+  await writeUploads(legacy, ['one.jpg', 'empty.bin'], 1000)
+  sums = await sumsOf(legacy.uploads)
+})
+afterAll(async () => {
+  await legacy.remove()
+})
+
+function composeFile(values: Record<string, string>): string {
+  const build = (context: string, image: string) =>
+    `    build: { context: ./${context}, args: { ${image}: '${values[image] ?? ''}' } }\n    restart: unless-stopped`
+  return `name: ${legacy.project}
+services:
+  app-strapi:
+${build('strapi', 'NODE_IMAGE')}
+    environment: { HOST: 0.0.0.0, PORT: '8080' }
+    volumes: ['${legacy.source}:/app/bob']
+    ports: ['127.0.0.1:${values.STRAPI_PORT}:8080']
+  db:
+${build('postgresql', 'POSTGRES_IMAGE')}
+    environment: { POSTGRES_USER: BoB, POSTGRES_PASSWORD: ${values.POSTGRES_PASSWORD}, POSTGRES_DB: BoB, PGDATA: /var/lib/postgresql/data/pgdata }
+    volumes: ['db-data:/var/lib/postgresql/data']
+  cache-redis:
+${build('redis', 'REDIS_IMAGE')}
+    volumes: ['redis-data:/data', '${legacy.source}:/app/bob']
+  mail:
+    image: ${values.REDIS_IMAGE}
+    restart: unless-stopped
+volumes: { db-data: {}, redis-data: {} }
+`
+}
+
+test('a service that is not known stops it; with --leave it stays as it is', async () => {
+  const refused = await legacy.migrate('--yes')
+  expect([refused.code, refused.stderr]).toEqual([
+    2,
+    expect.stringMatching(/service mail is not known[^]*--leave mail/),
+  ])
+  const early = await legacy.migrate('--leave', 'mail', '--finalize', '--yes')
+  expect([early.code, early.stderr]).toEqual([2, expect.stringContaining('does not serve alone')])
+  const rows = await legacy.sql(allRows)
+  const { stdout } = await mustSucceed(legacy.migrate('--leave', 'mail', '--yes'))
+  expect(stdout).toContain('the data is in a volume of the engine')
+  await expectMigrated(legacy)
+  expect(await legacy.sql(allRows, true)).toBe(rows)
+  expect(await sumsOf(join(legacy.own.folder, 'uploads'))).toEqual(sums)
+  expect(await states()).toEqual({
+    'app-strapi': 'exited',
+    'cache-redis': 'exited',
+    db: 'exited',
+    mail: 'running',
+  })
+})
+
+test('and back', async () => {
+  await mustSucceed(legacy.migrate('--rollback', '--yes'))
+  await expectLegacy(legacy)
+  expect(new Set(Object.values(await states()))).toEqual(new Set(['running']))
+})
+
+async function states(): Promise<Record<string, string>> {
+  const format = '{{.Label "com.docker.compose.service"}} {{.State}}'
+  const filter = `label=com.docker.compose.project=${legacy.project}`
+  const lines = await run(['docker', 'ps', '--all', '--filter', filter, '--format', format])
+  return Object.fromEntries(
+    lines
+      .trim()
+      .split('\n')
+      .map((line) => line.split(' ') as [string, string]),
+  )
+}

@@ -3,9 +3,7 @@ import { join } from 'node:path'
 import { defineConfig } from 'vitest/config'
 
 /** What measures, or restarts the engine, has the machine for itself. */
-const alone = ['interrupted', 'load', 'migrate-strapi', 'nginx', 'strapi'].map(
-  (name) => `test/${name}.test.mts`,
-)
+const alone = ['engine', 'load', 'migrate-strapi', 'nginx', 'strapi'].map((name) => `test/${name}.test.mts`)
 
 export default defineConfig({
   test: {

@@ -5,7 +5,10 @@ import { mkdtemp, readFile, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
-import { inject } from 'vitest'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { expect, inject } from 'vitest'
+import { orphans, run } from '../scripts/lib/command.mts'
+import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText, setValues, writeEnv } from '../scripts/lib/envfile.mts'
 import { loadSite, projectRoot, type SlotName } from '../scripts/lib/settings.mts'
@@ -161,4 +164,38 @@ export async function settingOf(site: OwnSite, key: string): Promise<string | un
 
 export async function accessLog(site: OwnSite): Promise<string> {
   return await readFile(join(site.folder, 'nginx/access.log'), 'utf8')
+}
+
+/** Runs a deploy and does something to it a moment after a step has begun. */
+export async function deployAnd(
+  site: TestSite,
+  stepNumber: string,
+  delayMs: number,
+  act: (pid: number) => Promise<void> | void,
+): Promise<Outcome> {
+  const acted: Promise<void>[] = []
+  const running = site.begin('deploy', [], (event, child) => {
+    if (event.event !== 'step' || event.step !== stepNumber) return
+    acted.push(sleep(delayMs).then(() => act(child.pid ?? 0)))
+  })
+  const outcome = await running.outcome
+  await Promise.all(acted)
+  expect(acted.length, `step ${stepNumber} was reached`).toBe(1)
+  return outcome
+}
+
+/** Master serves this release alone, and nothing is left behind. */
+export async function expectWhole(site: TestSite, release: unknown): Promise<void> {
+  const { master, slave, flag, pinned } = await site.observe()
+  expect({ master: master.status, release: master.release, flag, pinned }).toEqual({
+    master: 'healthy',
+    release,
+    flag: 'strapi-master',
+    pinned: release,
+  })
+  expect(['absent', 'stopped']).toContain(slave.status)
+  expect(await orphans(site.project)).toEqual([])
+  const before = await containers(site)
+  await run(compose(await loadSite(site.envFile), 'up', '--detach'))
+  expect(await containers(site)).toEqual(before)
 }

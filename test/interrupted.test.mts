@@ -6,11 +6,16 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { nginxPid } from '../example/site.mts'
 import { orphans, run } from '../scripts/lib/command.mts'
-import { compose } from '../scripts/lib/compose.mts'
 import { loadSite } from '../scripts/lib/settings.mts'
-import { startEngine } from '../scripts/lib/install.mts'
-import * as engine from '../scripts/lib/engine.mts'
-import { containers, mustSucceed, resultOf, settingOf, tinySite, type TestSite } from './harness.mts'
+import {
+  deployAnd,
+  expectWhole,
+  mustSucceed,
+  resultOf,
+  settingOf,
+  tinySite,
+  type TestSite,
+} from './harness.mts'
 
 let site: TestSite
 
@@ -35,34 +40,6 @@ function visitors() {
   })
 }
 
-/** Runs a deploy and does something to it a moment after a step has begun. */
-async function deployAnd(stepNumber: string, delayMs: number, act: (pid: number) => Promise<void> | void) {
-  const acted: Promise<void>[] = []
-  const running = site.begin('deploy', [], (event, child) => {
-    if (event.event !== 'step' || event.step !== stepNumber) return
-    acted.push(sleep(delayMs).then(() => act(child.pid ?? 0)))
-  })
-  const outcome = await running.outcome
-  await Promise.all(acted)
-  expect(acted.length, `step ${stepNumber} was reached`).toBe(1)
-  return outcome
-}
-
-async function expectWhole(release: unknown): Promise<void> {
-  const { master, slave, flag, pinned } = await site.observe()
-  expect({ master: master.status, release: master.release, flag, pinned }).toEqual({
-    master: 'healthy',
-    release,
-    flag: 'strapi-master',
-    pinned: release,
-  })
-  expect(['absent', 'stopped']).toContain(slave.status)
-  expect(await orphans(site.project)).toEqual([])
-  const before = await containers(site)
-  await run(compose(await loadSite(site.envFile), 'up', '--detach'))
-  expect(await containers(site)).toEqual(before)
-}
-
 describe('a deploy that is killed with -9', () => {
   const points: [string, number][] = [
     ['2/7', 0],
@@ -76,7 +53,7 @@ describe('a deploy that is killed with -9', () => {
     'in step %s after %i ms: nobody notices, and the next run ends it well',
     async (stepNumber, delayMs) => {
       const load = visitors()
-      const killed = await deployAnd(stepNumber, delayMs, (pid) => void process.kill(pid, 'SIGKILL'))
+      const killed = await deployAnd(site, stepNumber, delayMs, (pid) => void process.kill(pid, 'SIGKILL'))
       expect(killed.code).toBe(null)
       const outcome = await mustSucceed(site.begin('deploy', []).outcome)
       const report = await load.stop()
@@ -84,7 +61,7 @@ describe('a deploy that is killed with -9', () => {
       expect([...report.notStored, ...report.storedTwice]).toEqual([])
       expect(report.sent).toBeGreaterThan(300)
       expect(report.releases.at(-1)?.release).toBe(resultOf(outcome).release)
-      await expectWhole(resultOf(outcome).release)
+      await expectWhole(site, resultOf(outcome).release)
     },
   )
 })
@@ -103,18 +80,18 @@ describe('a build that does not get to its end', () => {
   afterAll(() => site.set({ STRAPI_DOCKERFILE: dockerfile }))
 
   test('because of Ctrl-C is ended with the deploy', async () => {
-    const outcome = await deployAnd('1/7', 3000, (pid) => void process.kill(pid, 'SIGINT'))
+    const outcome = await deployAnd(site, '1/7', 3000, (pid) => void process.kill(pid, 'SIGINT'))
     expect(outcome.code).toBe(130)
     expect(await orphans(site.project)).toEqual([])
   })
 
   test('because of kill -9 is ended by the next run', async () => {
-    await deployAnd('1/7', 3000, (pid) => void process.kill(pid, 'SIGKILL'))
+    await deployAnd(site, '1/7', 3000, (pid) => void process.kill(pid, 'SIGKILL'))
     expect((await orphans(site.project)).length).toBeGreaterThan(0)
     await site.set({ STRAPI_DOCKERFILE: dockerfile })
     const outcome = await mustSucceed(site.begin('deploy', []).outcome)
     expect(outcome.stdout).toContain('left commands behind')
-    await expectWhole(resultOf(outcome).release)
+    await expectWhole(site, resultOf(outcome).release)
   })
 })
 
@@ -123,21 +100,21 @@ describe('a deploy that is disturbed', () => {
     'by nginx reloaded in step %s: goes through without a loss',
     async (stepNumber) => {
       const load = visitors()
-      const outcome = await deployAnd(stepNumber, 200, async () => {
+      const outcome = await deployAnd(site, stepNumber, 200, async () => {
         await run((await loadSite(site.envFile)).nginx.command.concat('-s', 'reload'))
       })
       const report = await load.stop()
       expect(outcome.code).toBe(0)
       // A reload closes idle connections; what visitors lose by that is nginx's, not the deploy's.
       expect(report.lost.filter((loss) => !/ECONNRESET|socket hang up|closed/.test(loss.why))).toEqual([])
-      await expectWhole(resultOf(outcome).release)
+      await expectWhole(site, resultOf(outcome).release)
     },
   )
 
   test.each(['4/7', '6/7'])(
     'by nginx restarted in step %s: the same end state, after a second run if need be',
     async (stepNumber) => {
-      const disturbed = await deployAnd(stepNumber, 100, async () => {
+      const disturbed = await deployAnd(site, stepNumber, 100, async () => {
         const { command } = (await loadSite(site.envFile)).nginx
         const pid = await nginxPid(site)
         process.kill(pid ?? 0, 'SIGTERM')
@@ -146,7 +123,7 @@ describe('a deploy that is disturbed', () => {
       })
       expect([0, 1, 3]).toContain(disturbed.code)
       const outcome = await mustSucceed(site.begin('deploy', []).outcome)
-      await expectWhole(resultOf(outcome).release)
+      await expectWhole(site, resultOf(outcome).release)
     },
   )
 
@@ -155,6 +132,7 @@ describe('a deploy that is disturbed', () => {
     await site.behave({ bootMs: 4000 })
     const load = visitors()
     const outcome = await deployAnd(
+      site,
       '3/7',
       1000,
       async () => void (await run(['docker', 'kill', `${site.project}-strapi-slave`])),
@@ -169,6 +147,7 @@ describe('a deploy that is disturbed', () => {
   test('by slave killed while it serves: the engine brings it back, or the next run mends it', async () => {
     await site.behave({ bootMs: 3000 })
     const disturbed = await deployAnd(
+      site,
       '6/7',
       300,
       async () => void (await run(['docker', 'kill', `${site.project}-strapi-slave`])),
@@ -176,44 +155,6 @@ describe('a deploy that is disturbed', () => {
     await site.behave({})
     expect([0, 3]).toContain(disturbed.code)
     const outcome = await mustSucceed(site.begin('deploy', []).outcome)
-    await expectWhole(resultOf(outcome).release)
-  })
-
-  test.each(['3/7', '6/7'])(
-    'by the engine restarted in step %s: what can be served is served, and the next run mends it',
-    async (stepNumber) => {
-      const disturbed = await deployAnd(stepNumber, 200, restartEngine)
-      expect([0, 1, 3]).toContain(disturbed.code)
-      const outcome = await mustSucceed(site.begin('deploy', []).outcome)
-      await expectWhole(resultOf(outcome).release)
-    },
-  )
-
-  test('and was the host switched off in step 4, only one release comes back', async () => {
-    await deployAnd('4/7', 1200, async (pid) => {
-      process.kill(pid, 'SIGKILL')
-      await restartEngine()
-    })
-    const { master, slave } = await site.observe()
-    const running = [master, slave].filter((slot) => slot.status !== 'stopped' && slot.status !== 'absent')
-    expect(new Set(running.map((slot) => slot.release)).size).toBe(1)
-    const outcome = await mustSucceed(site.begin('deploy', []).outcome)
-    await expectWhole(resultOf(outcome).release)
+    await expectWhole(site, resultOf(outcome).release)
   })
 })
-
-/** As a crash of the engine: containers die with it, and it starts again. */
-async function restartEngine(): Promise<void> {
-  const pid = Number(await readFile('/var/run/docker.pid', 'utf8'))
-  process.kill(pid, 'SIGTERM')
-  while ((await engine.version().catch(() => undefined)) !== undefined) await sleep(50)
-  while (await isAlive(pid)) await sleep(50)
-  await startEngine()
-}
-
-async function isAlive(pid: number): Promise<boolean> {
-  return await readFile(`/proc/${pid}/comm`).then(
-    () => true,
-    () => false,
-  )
-}

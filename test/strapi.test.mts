@@ -280,12 +280,12 @@ test('a restore and its undo are hardly seen by visitors who read the database 5
     { getsPerSecond: 50, postsPerSecond: 0, slowBodiesPerSecond: 0 },
     during,
   )
-  const { sent, ok, lost, longestGapMs } = report
+  const { ok, lost, longestGapMs } = report
   // On a busy machine; what it is on a quiet one, `npm run bench:data` says.
   expect(longestGapMs).toBeLessThan(1500)
   expect(ok).toBeGreaterThan(200)
-  // What was asking the database at the two moments of the swaps.
-  expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThan(sent / 50)
+  // What was asking the database at the two moments of the swaps: at most one for each connection of Strapi's pool.
+  expect(lost.length, JSON.stringify(lost.slice(0, 5))).toBeLessThanOrEqual(2 * 10)
   expect(lost.every(({ why }) => why.includes('500'))).toBe(true)
 })
 

@@ -150,17 +150,20 @@ async function areSettingsDone(migration: Migration): Promise<boolean> {
   return isComplete && existsSync(site.folders.postgres) && (await changes(migration)).length === 0
 }
 
-async function changes({ envFile, settings }: Migration): Promise<string[]> {
-  const files: [string, string][] = [
-    [envFile, settings.docker],
-    [join(settings.site.source, '.env'), settings.application],
+/** Where there is no file yet, it is told from the legacy one. */
+async function changes({ envFile, settings, legacy }: Migration): Promise<string[]> {
+  const files: [string, string, string][] = [
+    [envFile, join(legacy.folder, '.env'), settings.docker],
+    [join(settings.site.source, '.env'), join(legacy.source, '.env'), settings.application],
   ]
-  const lines = await Promise.all(
-    files.map(async ([path, text]) =>
-      (await differences(await readText(path), text)).map((line) => `${path}: ${line}`),
-    ),
-  )
-  return lines.flat()
+  const lines: string[] = []
+  for (const [path, theirs, text] of files) {
+    const own = await readText(path)
+    if (own === undefined) lines.push(`${path}: as ${theirs}, but for what follows`)
+    const different = await differences(own ?? (await readText(theirs)), text)
+    lines.push(...different.map((line) => `${path}: ${line}`))
+  }
+  return lines
 }
 
 async function copyAll({ legacy, site }: Migration): Promise<void> {

@@ -6,6 +6,7 @@ import { afterAll, beforeAll, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
+import { readEnv } from '../scripts/lib/envfile.mts'
 import { loadSite, projectRoot } from '../scripts/lib/settings.mts'
 import { logIn, registerAdmin } from './admin.mts'
 import { mustSucceed } from './harness.mts'
@@ -27,6 +28,7 @@ const allRows = 'SELECT token FROM pings ORDER BY id'
 
 beforeAll(async () => {
   legacy = await newLegacy(18_420, join(projectRoot, 'example/strapi'), {})
+  await bringPackages(legacy)
   await start(legacy)
   const admin = await registerAdmin(strapi())
   token = await admin.createApiToken()
@@ -48,6 +50,20 @@ beforeAll(async () => {
 afterAll(async () => {
   await legacy.remove()
 })
+
+/** As a legacy site that has run for long: its packages are installed. Other tests have the layer built already. */
+async function bringPackages({ own, source, project }: LegacyTest): Promise<void> {
+  const { NODE_IMAGE } = (await readEnv(own.envFile)) ?? {}
+  const image = `${project}-deps`
+  const build = ['docker', 'build', '--target', 'deps', '--tag', image]
+  if (NODE_IMAGE) build.push('--build-arg', `NODE_IMAGE=${NODE_IMAGE}`)
+  build.push('--file', join(projectRoot, 'docker/strapi/Dockerfile'), source)
+  await run(build, { timeoutMs: 1_200_000, env: { DOCKER_BUILDKIT: '1' } })
+  const id = (await run(['docker', 'create', image])).trim()
+  await run(['docker', 'cp', `${id}:/app/bob/node_modules`, source])
+  await run(['docker', 'rm', id])
+  await run(['docker', 'image', 'rm', image])
+}
 
 /** Past nginx, the same port before and after. */
 function strapi(): string {

@@ -20,8 +20,9 @@ import { schedule, unschedule } from './lib/data/schedule.mts'
 import { exportSet, importSet } from './lib/data/transfer.mts'
 import { forgetTakenBack, refusePending, removeOldRestores, undoRestore } from './lib/data/undo.mts'
 import { verifyDeeply, verifySet } from './lib/data/verify.mts'
-import { rememberVerified } from './lib/data/verified.mts'
-import { parseDuration, takeLock } from './lib/lock.mts'
+import { rememberProven, rememberVerified } from './lib/data/verified.mts'
+import { strapiUid } from './lib/folders.mts'
+import { parseDuration, takeLock, verifyLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { exitCodes, Problem, say, warn } from './lib/report.mts'
 import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from './lib/settings.mts'
@@ -178,7 +179,7 @@ async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
       async () => {
         const { name, manifest } = await makeBackup(site, parts)
         report.addToResult({ set: name, bytes: bytesOf(manifest), missing: manifest.missing })
-        await rememberVerified(site, { set: name, deep: false, wrong: [] })
+        await rememberProven(site, name)
         if (manifest.missing.length > 0) throw await degraded(site, name, manifest)
         say(`Done: ${setFolder(site, name)}, ${megabytes(bytesOf(manifest))}, read back and right.`)
       },
@@ -196,7 +197,7 @@ async function degraded(site: Site, name: string, { missing, uploads }: Manifest
   const putBack =
     set === undefined || upload === undefined
       ? ''
-      : `Put one back: tar -xf ${join(setFolder(site, set), 'uploads.tar')} -C ${site.folders.uploads} ${shellQuoted(upload)}\n`
+      : `Put one back, as root: tar -xf ${join(setFolder(site, set), 'uploads.tar')} -C ${site.folders.uploads} ${shellQuoted(upload)} && chown ${strapiUid}:${strapiUid} ${shellQuoted(join(site.folders.uploads, upload))}\n`
   return new Problem(
     exitCodes.degraded,
     `the set ${name} was written, but it lacks what its manifest.json names:${listed(sentences)}`,
@@ -326,11 +327,18 @@ async function importFrom(site: Site, { words: [file = ''], waitMs }: Wish): Pro
   await exclusively(site, 'import', waitMs, async () => {
     await report.change(`take a set from ${resolve(file)}`, async () => {
       const name = await importSet(site, resolve(file))
-      await rememberVerified(site, { set: name, deep: false, wrong: [] })
+      await rememberProven(site, name)
       report.addToResult({ set: name })
       say(`Done: ${setFolder(site, name)}, read back and right.`)
     })
   })
+}
+
+async function holdsDatabase(site: Site, name: string): Promise<boolean> {
+  return await readManifest(setFolder(site, name)).then(
+    ({ parts }) => parts.includes('database'),
+    () => false,
+  )
 }
 
 async function setSchedule(site: Site, { at, isRemoval }: Wish): Promise<void> {
@@ -339,9 +347,8 @@ async function setSchedule(site: Site, { at, isRemoval }: Wish): Promise<void> {
 
 async function verify(site: Site, { words, deep, waitMs }: Wish): Promise<void> {
   const name = await findSet(site, words[0], allParts)
-  // Not the lock of the site: a deploy need not wait for it.
   const lock =
-    deep && !report.isDryRun() ? await takeLock(`${site.project}/verify`, 'verify --deep', waitMs) : undefined
+    deep && !report.isDryRun() ? await takeLock(verifyLock(site), 'verify --deep', waitMs) : undefined
   try {
     await report.change(
       deep ? `read ${name} to its end, restore its dump for a look` : `read ${name} to its end`,
@@ -358,11 +365,13 @@ async function verify(site: Site, { words, deep, waitMs }: Wish): Promise<void> 
             )),
           )
         }
-        await rememberVerified(site, { set: name, deep, wrong })
-        report.addToResult({ set: name, deep, wrong })
+        // Without a database there is nothing to restore.
+        const isRestored = deep && (await holdsDatabase(site, name))
+        await rememberVerified(site, { set: name, deep: isRestored, wrong })
+        report.addToResult({ set: name, deep: isRestored, wrong })
         if (wrong.length > 0) throw damaged(site, name, wrong)
         say(
-          `${name} is what was written, ${deep ? 'and its dump was restored and compared.' : 'and can be read to its end.'}`,
+          `${name} is what was written, ${isRestored ? 'and its dump was restored and compared.' : 'and can be read to its end.'}`,
         )
       },
     )

@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { ask, run } from './command.mts'
 import * as compose from './compose.mts'
 import { makeBackup } from './data/backup.mts'
-import { rememberVerified } from './data/verified.mts'
+import { rememberProven } from './data/verified.mts'
 import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
 import { strangerOnData } from './folders.mts'
@@ -74,7 +74,7 @@ export async function backUpDatabase(site: Site, served: string): Promise<void> 
       if (!(await holdsStrapi(site)))
         return detail('no Strapi has used this database yet: nothing to back up')
       const { name } = await makeBackup(site, ['database'])
-      await rememberVerified(site, { set: name, deep: false, wrong: [] })
+      await rememberProven(site, name)
       addToResult({ backup: name })
       detail(`the database before it is in ${name}`)
     } catch (error) {

@@ -1,5 +1,5 @@
 /** Makes the folders of a site with the owners that the images and nginx need. Folders that are there stay as they are. */
-import { statSync } from 'node:fs'
+import { existsSync, statSync } from 'node:fs'
 import { chown, mkdir, stat } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import * as engine from './engine.mts'
@@ -33,6 +33,11 @@ export async function makeFolders(site: Site): Promise<void> {
       }
     })
   }
+}
+
+/** The folder, or the nearest one above it that is there. */
+export async function nearestFolder(path: string): Promise<string> {
+  return existsSync(path) ? path : nearestFolder(dirname(path))
 }
 
 /** Whether two paths are one folder, by whatever links; one that is not there yet is told by its name. */

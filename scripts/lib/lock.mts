@@ -32,6 +32,11 @@ export async function takeLock(project: string, command: string, waitMs = 0): Pr
   }
 }
 
+/** One `verify --deep` at a time; not the lock of the site, since a deploy need not wait for it. */
+export function verifyLock({ project }: { project: string }): string {
+  return `${project}/verify`
+}
+
 export function describeHolder(holder: Holder): string {
   return `another run is in progress: "${holder.command}", process ${holder.pid || 'unknown'}, since ${holder.since ? `${holder.since.slice(0, 19).replace('T', ' ')} UTC` : 'unknown'}`
 }

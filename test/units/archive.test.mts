@@ -129,6 +129,25 @@ test('uploads: a second pass adds what came or changed, keeps what vanished, and
   expect(names.toSorted()).toEqual([...Object.keys(contents), 'replaced.png'].toSorted())
 })
 
+test('uploads: a file that was half written in a pass is whole in the end', async () => {
+  const folder = await newFolder()
+  const uploads = join(folder, 'uploads')
+  await mkdir(uploads)
+  const put = (name: string, text: string) => writeFile(join(uploads, name), text)
+  await put('film.mp4', 'half')
+  await put('gone.png', 'gone')
+  await using archive = archiveUploads(uploads, join(folder, 'a.tar'), join(folder, 'list'))
+  await archive.pass()
+  const settled = archive.settle()
+  await put('film.mp4', 'half, and the rest')
+  await unlink(join(uploads, 'gone.png'))
+  await settled
+  expect((await archive.close(['film.mp4', 'gone.png'])).missing.size).toBe(0)
+  const to = await unpacked(folder)
+  expect(await readFile(join(to, 'film.mp4'), 'utf8')).toBe('half, and the rest')
+  expect(await readFile(join(to, 'gone.png'), 'utf8')).toBe('gone')
+})
+
 test('uploads: what was replaced by something unreadable is missing, although its first version is known', async () => {
   const folder = await newFolder()
   const uploads = join(folder, 'uploads')

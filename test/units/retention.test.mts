@@ -15,6 +15,7 @@ function sets(text: string, other: Partial<Known> = {}): Known[] {
       createdAt,
       sizes: { 'database.dump': 1e6 },
       isRight,
+      isWhole: true,
       ...other,
     }
   })
@@ -77,6 +78,27 @@ test('nothing goes while the newest set has less than half its size', () => {
   const one = { daily: 1, weekly: 0, monthly: 0 }
   expect(gone(known, one)).toBe('')
   expect(retention(known, one, now)[0]?.reason).toContain('less than half')
+})
+
+test('a nightly set is compared with a nightly one, not with a small one of a deploy since', () => {
+  const small = { 'database.dump': 4e5 }
+  const known = [
+    ...sets('1123 1124', { parts: ['database', 'uploads'] }),
+    ...sets('1124', { sizes: small }).map((one) => ({ ...one, name: 'deploy' })),
+    ...sets('1125', { parts: ['database', 'uploads'], sizes: small }),
+  ]
+  const verdicts = retention(known, { daily: 1, weekly: 0, monthly: 0 }, now)
+  expect(verdicts.every(({ keep }) => keep)).toBe(true)
+  expect(verdicts[0]?.reason).toContain('less than half')
+})
+
+test('a set that lacks a file does not displace a whole one of its day', () => {
+  const whole = sets('1125')
+  const degraded = sets('1125', { isWhole: false }).map((one) => ({ ...one, name: 'degraded' }))
+  const one = { daily: 1, weekly: 0, monthly: 0 }
+  // The newest one stays, too.
+  expect(gone([...sets('1124'), ...whole, ...degraded], one)).toBe('1124')
+  expect(gone([...sets('1124'), ...degraded], one)).toBe('1124')
 })
 
 test('sets of different parts do not stand in for each other', () => {

@@ -7,6 +7,7 @@ import { run } from '../command.mts'
 import { query, type Server } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
+import { isSameFolder } from '../folders.mts'
 import { alive, detail, exitCodes, explain, interrupted, pause, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
@@ -24,7 +25,8 @@ import {
 import { databaseSize } from './databases.mts'
 import * as tools from './postgresql.mts'
 import { recovery } from './recovery.mts'
-import { megabytes, needRoom } from './room.mts'
+import { pendingExchanges } from './plan.mts'
+import { megabytes, needRoom, reserveOn, sparing } from './room.mts'
 import {
   adopt,
   commitSet,
@@ -70,10 +72,15 @@ export async function endBackupLeftovers(site: Site): Promise<string[]> {
       found.push(`half-written files (${files.join(', ')})`)
     }
   }
+  const stuck: unknown[] = []
   for (const name of await partialSets(site)) {
-    await removePartial(site, name)
-    found.push(`a half-made set (${name})`)
+    // Another user's must not keep ours.
+    await removePartial(site, name).then(
+      () => found.push(`a half-made set (${name})`),
+      (error: unknown) => stuck.push(error),
+    )
   }
+  if (stuck.length > 0) throw new AggregateError(stuck, 'not all half-made sets could be removed')
   return found
 }
 
@@ -101,7 +108,12 @@ export async function makeBackup(
   await needSpace(site, parts, database)
   const folder = await stageSet(site, name)
   try {
-    const manifest = await fill(site, { name, folder, parts, createdAt, database, origin, signal })
+    const manifest = await sparing(
+      folder,
+      site.folders.postgres,
+      (spared) => fill(site, { name, folder, parts, createdAt, database, origin, signal: spared }),
+      signal,
+    )
     detail('reading everything back')
     const progress = { bytes: 0 }
     const wrong = await alive(
@@ -120,7 +132,7 @@ export async function makeBackup(
     throw isFull(error)
       ? new Problem(
           exitCodes.failed,
-          `the disk of ${site.folders.backups} is full; the half-made set was removed`,
+          `the disk of ${site.folders.backups} is full; there is no set`,
           'Make room, or remove old sets, then run it again.',
           error,
         )
@@ -143,6 +155,11 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
   const { folder, parts, createdAt, origin } = job
   const { state, uploads } = await takeState(site, job)
   const missing = [...(uploads?.missing ?? [])].map(([name, reason]) => `uploads/${name} ${reason}`)
+  if (uploads)
+    for (const { id } of await pendingExchanges(site))
+      missing.push(
+        `uploads are those of restore ${id}, which is half done: the database may be another state`,
+      )
   if (parts.includes('config')) {
     detail('archiving the configuration')
     const files = origin?.configFiles ?? (await configFiles(site))
@@ -201,6 +218,8 @@ async function takeState(site: Site, job: Job) {
   const snapshot = await openSnapshot(database, site.database.name)
   try {
     await archive('archiving the uploads that have changed meanwhile')
+    // What was being written just then is whole by now, or still changes.
+    await uploads?.settle()
     const archived = await uploads?.close(snapshot.uploads)
     if (parts.includes('database')) await dumpDatabase(site, database, snapshot, job)
     return { state: parts.includes('database') ? snapshot : undefined, uploads: archived }
@@ -235,6 +254,7 @@ async function dumpDatabase(
     }
     return
   }
+  await needSharedFolder(site, database)
   const written = [
     {
       argv: tools.dump(database, { ...common, file: `${name}.dump` }),
@@ -257,6 +277,18 @@ async function dumpDatabase(
       database,
       written.map(({ from }) => from),
     ),
+  )
+}
+
+/** @throws Problem when PostgreSQL writes to another folder than the one that is read here */
+export async function needSharedFolder(site: Site, postgresql: string): Promise<void> {
+  const found = await engine.container(postgresql)
+  const mounted = found?.Mounts.find(({ Destination }) => Destination === '/backup')?.Source
+  if (mounted !== undefined && isSameFolder(mounted, incomingFolder(site))) return
+  throw new Problem(
+    exitCodes.failed,
+    `PostgreSQL still has ${mounted ?? 'nothing'} for its dumps, not ${incomingFolder(site)}: BACKUP_DIR has changed since it was made`,
+    `Make it anew, which takes it away for some seconds: ${composeCommand(site, 'up -d postgresql')}`,
   )
 }
 
@@ -300,7 +332,9 @@ async function needSpace(site: Site, parts: Part[], database: Server | undefined
     (parts.includes('uploads') ? await folderBytes(site.folders.uploads) : 0) +
     (parts.includes('database') && database ? Number(await run(query(database, 'postgres', size))) / 2 : 0)
   const advice = 'Make room, or set BACKUP_DIR to a larger disk.'
-  await needRoom('a backup needs', [{ folder: site.folders.backups, bytes }], { advice })
+  const { backups, postgres } = site.folders
+  const wants = [{ folder: backups, bytes }, ...(await reserveOn(backups, postgres))]
+  await needRoom('a backup needs', wants, { advice })
 }
 
 async function strapiVersion(site: Site): Promise<string | undefined> {

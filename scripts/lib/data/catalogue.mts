@@ -1,7 +1,7 @@
 /** What is known of the sets: what each says of itself, what was last seen of it, which one is the latest. */
 import { exitCodes, Problem, warn } from '../report.mts'
-import { scriptCommand, type Site } from '../settings.mts'
-import { readManifest, uploadLines, type Manifest, type Part } from './manifest.mts'
+import { asRoot, scriptCommand, type Site } from '../settings.mts'
+import { Damage, readManifest, uploadLines, type Manifest, type Part } from './manifest.mts'
 import { listSets, setFolder } from './sets.mts'
 import { readVerified, type Verified } from './verified.mts'
 
@@ -17,10 +17,21 @@ export async function lookAtSets(site: Site): Promise<Catalogue> {
   const unreadable: Catalogue['unreadable'] = []
   for (const name of await listSets(site)) {
     const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
-    if (manifest instanceof Error) unreadable.push({ name, why: manifest.message })
+    if (manifest instanceof Damage) unreadable.push({ name, why: manifest.message })
+    else if (manifest instanceof Error) throw mayNotRead(site, manifest)
     else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
   }
   return { sets, unreadable }
+}
+
+/** Says nothing of the set. */
+function mayNotRead(site: Site, error: Error): Problem {
+  return new Problem(
+    exitCodes.failed,
+    `the sets in ${site.folders.backups} cannot be read`,
+    `Who made them can, or root: ${asRoot(scriptCommand('data', site.envFile, 'list'))}`,
+    error,
+  )
 }
 
 /** The newest set, when it does not even say what it holds. */
@@ -71,8 +82,12 @@ export async function setsWithUploads(site: Site, names: string[]): Promise<Map<
   const { sets } = await lookAtSets(site)
   for (const { name: set } of sets.filter(({ manifest }) => manifest.uploads).toReversed()) {
     if (sought.size === 0) break
-    for await (const { name } of uploadLines(setFolder(site, set)))
-      if (sought.delete(name)) found.set(name, set)
+    try {
+      for await (const { name } of uploadLines(setFolder(site, set)))
+        if (sought.delete(name)) found.set(name, set)
+    } catch {
+      // Of a damaged one nobody would take a file.
+    }
   }
   return found
 }

@@ -1,6 +1,6 @@
 /** The configuration of a set: all that a bare host needs beside the database and the uploads. */
 import { readdir, realpath, stat } from 'node:fs/promises'
-import { join, resolve } from 'node:path'
+import { join, relative, resolve } from 'node:path'
 import type { Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
 
@@ -44,6 +44,16 @@ export async function configFiles(site: Site): Promise<ConfigFile[]> {
 }
 
 async function filesOf(docker: string, service: string): Promise<ConfigFile[]> {
-  const names = await readdir(join(docker, service))
-  return names.map((name) => [`docker/${service}/${name}`, join(docker, service, name)])
+  const folder = join(docker, service)
+  const entries = await readdir(folder, { withFileTypes: true, recursive: true }).catch(
+    (error: NodeJS.ErrnoException) => {
+      // A service that this site does not have.
+      if (error.code === 'ENOENT') return []
+      throw error
+    },
+  )
+  return entries
+    .filter((entry) => !entry.isDirectory())
+    .map((entry) => join(entry.parentPath, entry.name))
+    .map((path) => [`docker/${relative(docker, path)}`, path])
 }

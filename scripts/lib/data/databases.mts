@@ -10,10 +10,14 @@ const prefix = 'strapi_blue_green_'
 /** What a dump is restored into. One that is there while no restore runs was left by a killed one. */
 export const incoming = `${prefix}incoming`
 
+/** What a dump is restored into for a look. */
+export const scratch = `${prefix}verify`
+
 export interface Databases {
   /** Undefined when there is none of that name. */
   live: { restoredBy: string | undefined; fromSet: string | undefined } | undefined
   hasIncoming: boolean
+  hasScratch: boolean
   /** Those that a restore or an undo has replaced, oldest first. */
   kept: KeptDatabase[]
 }
@@ -41,6 +45,7 @@ export async function readDatabases(site: Site, containerId: string): Promise<Da
   return {
     live: live && { restoredBy: comment?.[1], fromSet: comment?.[2] },
     hasIncoming: rows.some(({ name }) => name === incoming),
+    hasScratch: rows.some(({ name }) => name === scratch),
     kept: rows
       .flatMap(({ name, bytes }) => {
         const [, kind, id] =

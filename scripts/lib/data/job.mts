@@ -6,13 +6,12 @@ import { imageOf } from '../releases.mts'
 import { alive, exitCodes, explain, Problem, warn } from '../report.mts'
 import { scriptCommand, type Site, type SlotName } from '../settings.mts'
 import { observe } from '../slots.mts'
-import { secretsPrint } from './backup.mts'
+import { needSharedFolder, secretsPrint } from './backup.mts'
 import { readDatabases, serverVersionOf, type Databases } from './databases.mts'
 import { bytesOf, planExchange, type Plan } from './plan.mts'
 import { listed, obstacles, type Acceptable, type Obstacle } from './fitness.mts'
 import { missingIn, readManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
-import { leastFreeBytes } from './load.mts'
-import { megabytes, needRoom } from './room.mts'
+import { databaseNeeds, megabytes, needRoom, reserveOn } from './room.mts'
 import { setFolder } from './sets.mts'
 import { needPostgresql, needRoot, newId, refusePending, runningSchema } from './undo.mts'
 
@@ -41,6 +40,8 @@ export interface Job extends Request {
   /** What happens to the uploads; undefined when they stay. */
   uploads: Plan | undefined
   release: string | undefined
+  /** Whether the image of the set's release is still here. */
+  hasRelease: boolean
   /** Whether visitors were served well before, what reads the database included. */
   wasServing: boolean
   /** Why they are not served now, when they were not before either. */
@@ -67,19 +68,21 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
       `Restore what it has with --only, or take another one: ${scriptCommand('data', site.envFile, 'list')}`,
     )
   const postgresql = await needPostgresql(site)
+  if (request.parts.includes('database')) await needSharedFolder(site, postgresql)
   await refusePending(site)
   const databases = await readDatabases(site, postgresql)
   const serverVersion = await serverVersionOf(postgresql)
   const { master, slave, flag } = await observe(site)
   const serving = flag === 'strapi-slave' ? slave : master
+  const hasRelease = manifest.release !== undefined && (await imageOf(site, manifest.release)) !== undefined
   const found = obstacles(manifest, {
     parts: request.parts,
     wrong,
     serverVersion,
     secrets: secretsPrint(await readEnv(join(site.source, '.env')), manifest.createdAt),
-    schemaHash: await runningSchema(site, serving.release),
-    runningRelease: serving.release,
-    hasRelease: manifest.release !== undefined && (await imageOf(site, manifest.release)) !== undefined,
+    schemaHash: await runningSchema(site, serving.release ?? (request.isNewHost ? undefined : site.release)),
+    runningRelease: serving.release ?? site.release,
+    hasRelease,
   })
   refuseObstacles(site, request, found)
   const job: Job = {
@@ -103,6 +106,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
         )
       : undefined,
     release: serving.release,
+    hasRelease,
     wasServing: serving.status === 'healthy' && (await isServing(site, flag)),
   }
   await needSpace(job)
@@ -154,11 +158,6 @@ async function isServing(site: Site, slot: SlotName): Promise<boolean> {
   )
 }
 
-/** The database itself, and what PostgreSQL's log of it may grow to (max_wal_size). */
-export function databaseNeeds(bytes: number): number {
-  return 1.2 * bytes + Math.min(bytes, 2 ** 30) + leastFreeBytes
-}
-
 async function needSpace({ site, manifest, withDatabase, uploads, isNewHost }: Job): Promise<void> {
   const dump = manifest.files['database.dump']?.sizeBytes ?? 0
   await needRoom(
@@ -169,6 +168,7 @@ async function needSpace({ site, manifest, withDatabase, uploads, isNewHost }: J
         bytes: withDatabase ? databaseNeeds(manifest.database?.bytes ?? 6 * dump) : 0,
       },
       { folder: site.folders.uploads, bytes: uploads ? bytesOf(uploads) : 0 },
+      ...(withDatabase ? [] : await reserveOn(site.folders.uploads, site.folders.postgres)),
     ],
     { unchanged: unchanged(isNewHost) },
   )

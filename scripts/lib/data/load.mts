@@ -4,19 +4,16 @@ import { availableParallelism } from 'node:os'
 import { join } from 'node:path'
 import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
-import { alive, detail, exitCodes, interrupted, Problem, warn } from '../report.mts'
-import type { Site } from '../settings.mts'
+import { alive, detail, interrupted, warn } from '../report.mts'
+
 import { createDatabase, databaseSize, incoming, properties } from './databases.mts'
 import type { Job } from './job.mts'
 import * as tools from './postgresql.mts'
 import { createMissingRoles, runSql } from './roles.mts'
-import { freeBytes, megabytes } from './room.mts'
+import { megabytes, sparing } from './room.mts'
 import { incomingFolder } from './sets.mts'
 import { openSnapshot } from './snapshot.mts'
 import { differentRows } from './verify.mts'
-
-/** A second of writing at full speed, and some segments of PostgreSQL's log. */
-export const leastFreeBytes = 512 * 2 ** 20
 
 /** @throws Error when the dump does not hold what its manifest says; Problem when the disk is almost full */
 export async function loadDump(job: Job): Promise<void> {
@@ -31,7 +28,7 @@ export async function loadDump(job: Job): Promise<void> {
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
   const isForeign = settings !== undefined && settings.owner !== owner
   if (isForeign) detail(`what belonged to ${settings.owner} belongs to ${owner} now`)
-  const disk = watchDisk(site, postgresql)
+  const size = watchSize(postgresql)
   try {
     const restoring = tools.restoreFile(postgresql, {
       database: incoming,
@@ -39,13 +36,13 @@ export async function loadDump(job: Job): Promise<void> {
       jobs: Math.min(4, availableParallelism()),
       owner: isForeign ? owner : undefined,
     })
-    const options = { timeoutMs: 12 * 3_600_000, signal: AbortSignal.any([interrupted, disk.full]) }
+    const { postgres } = site.folders
     await alive(
-      () => `restoring, ${megabytes(disk.restoredBytes)}`,
-      () => run(restoring, options),
+      () => `restoring, ${megabytes(size.restoredBytes)}`,
+      () => sparing(postgres, postgres, (signal) => run(restoring, { timeoutMs: 12 * 3_600_000, signal })),
     )
   } finally {
-    disk.stop()
+    size.stop()
     // What stays is removed by the next run; a PostgreSQL that died must not hide why.
     await ask(tools.removeIncoming(postgresql, [file]))
   }
@@ -73,28 +70,12 @@ async function setProperties({ site, postgresql, id }: Job, sql: string[]): Prom
   return said.filter((line) => line.includes('ERROR'))
 }
 
-/** PostgreSQL stops altogether when it cannot write its log: the restore has to give up before that. */
-function watchDisk(site: Site, postgresql: string) {
-  const controller = new AbortController()
-  const look = async () => {
-    if ((await freeBytes(site.folders.postgres)) >= leastFreeBytes) return
-    controller.abort(
-      new Problem(
-        exitCodes.failed,
-        `the disk of ${site.folders.postgres} is almost full, so the restore gave up; what is live is as before`,
-        'Make room, then run it again.',
-      ),
-    )
-  }
+function watchSize(postgresql: string) {
   const measure = async () => {
-    const size = await run(query(postgresql, 'postgres', databaseSize(incoming)))
-    watch.restoredBytes = Number(size)
+    watch.restoredBytes = Number(await run(query(postgresql, 'postgres', databaseSize(incoming))))
   }
-  const timers = [
-    setInterval(() => void look().catch(() => undefined), 100),
-    // A process in the container each time, which a restore on few cores would notice.
-    setInterval(() => void measure().catch(() => undefined), 5000),
-  ]
-  const watch = { full: controller.signal, restoredBytes: 0, stop: () => timers.forEach(clearInterval) }
+  // A process in the container each time, which a restore on few cores would notice.
+  const timer = setInterval(() => void measure().catch(() => undefined), 5000)
+  const watch = { restoredBytes: 0, stop: () => clearInterval(timer) }
   return watch
 }

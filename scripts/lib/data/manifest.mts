@@ -183,8 +183,12 @@ export async function wrongSums(folder: string, progress = { bytes: 0 }): Promis
       wrong.push(`${name} is missing`)
       continue
     }
-    const found = await sumOf(join(folder, name), progress)
-    if (found.sizeBytes !== wanted.sizeBytes) {
+    const found = await sumOf(join(folder, name), progress).catch((error: NodeJS.ErrnoException) => {
+      if (error.code === 'EIO') return undefined
+      throw error
+    })
+    if (!found) wrong.push(`${name} cannot be read: the disk is failing`)
+    else if (found.sizeBytes !== wanted.sizeBytes) {
       wrong.push(`${name} has ${found.sizeBytes} bytes instead of ${wanted.sizeBytes}`)
     } else if (found.sha256 !== wanted.sha256) wrong.push(`${name} is not what was written`)
   }
@@ -196,7 +200,7 @@ export async function wrongSums(folder: string, progress = { bytes: 0 }): Promis
 }
 
 /** The manifest is guarded by SHA256SUMS, and that by being what the manifest makes of it. */
-async function wrongSumsFile(folder: string, files: Record<string, FileSum>): Promise<string[]> {
+export async function wrongSumsFile(folder: string, files: Record<string, FileSum>): Promise<string[]> {
   const own = await sumOf(join(folder, manifestName))
   const lines = Object.entries({ ...files, [manifestName]: own }).map(
     ([name, { sha256 }]) => `${sha256}  ${name}\n`,

@@ -7,7 +7,7 @@ import { startServices } from '../actions.mts'
 import { agree } from '../agree.mts'
 import { run } from '../command.mts'
 import { readText, setValues, writeEnv } from '../envfile.mts'
-import { makeFolders, strapiUid } from '../folders.mts'
+import { makeFolders, nearestFolder, strapiUid } from '../folders.mts'
 import { alive, detail, exitCodes, explain, isDryRun, Problem, say, step } from '../report.mts'
 import { writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { invokingUser } from '../users.mts'
@@ -19,6 +19,7 @@ import { listed, obstacles, type Acceptable } from './fitness.mts'
 import { readManifest, wrongSums, type Manifest } from './manifest.mts'
 import * as tools from './postgresql.mts'
 import { restoreSet } from './restore.mts'
+import { needRoom } from './room.mts'
 import { importFolder } from './transfer.mts'
 import { needRoot } from './undo.mts'
 import { readArchive } from './untar.mts'
@@ -153,8 +154,15 @@ async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise
       found.map(({ sentence }) => sentence),
       found.map((one) => one.accept),
     )
+  await needPlace(planned, manifest)
   detail(`release ${manifest.release ?? 'unknown'}: ${manifest.parts.join(', ')}`)
   return { manifest, config, settings, application, planned }
+}
+
+/** For the set itself; what it brings is looked at when the folders are there. @throws Problem before anything is written */
+async function needPlace({ folders }: Site, { files }: Manifest): Promise<void> {
+  const bytes = Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+  await needRoom('the set needs', [{ folder: await nearestFolder(folders.backups), bytes }])
 }
 
 function refusal(folder: string, sentences: string[], accept: Acceptable[]): Problem {
@@ -185,7 +193,8 @@ async function replaceText(path: string, text: string, stateDir: string): Promis
   if (before?.trim()) {
     await mkdir(stateDir, { recursive: true, mode: 0o700 })
     const kept = join(stateDir, `${relative(projectRoot, path).replaceAll(/[^\w.-]+/g, '-')}.before-restore`)
-    await writeEnv(kept, before)
+    // The first one is what somebody wrote by hand.
+    if (!existsSync(kept)) await writeEnv(kept, before)
     detail(`what was in ${path} is in ${kept}`)
   }
   await writeEnv(path, text)

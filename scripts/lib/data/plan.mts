@@ -4,7 +4,7 @@
  *
  * The stage is the name of the plan: planned, done, undoing, undone; none while its files are still being unpacked.
  */
-import { lstat, readdir, readFile, rename, rm } from 'node:fs/promises'
+import { lstat, readdir, readFile, rename, rm, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from '../envfile.mts'
 import { writeSynced } from '../history.mts'
@@ -177,6 +177,16 @@ export async function readExchanges(site: Site): Promise<Exchange[]> {
 /** Those that a killed run left under way. */
 export async function pendingExchanges(site: Site): Promise<Exchange[]> {
   return (await readExchanges(site)).filter(({ stage }) => stage !== 'done' && stage !== 'undone')
+}
+
+/** When its last stage was reached; long ago where nothing is known of it. */
+export async function endedAt(site: Site, id: string): Promise<Date> {
+  const folder = folderOf(site, id)
+  // A rename changes the folder, not the file.
+  return await stat(folder).then(
+    ({ mtime }) => mtime,
+    () => new Date(0),
+  )
 }
 
 /** Removes what an exchange keeps. It stops being one at once. */

@@ -32,7 +32,8 @@ export const dump = (server: Server, { database, snapshot, compression, file }: 
   ...asSuperuser(server, `--env=PGAPPNAME=${backupSession}`),
   ...privately('pg_dump'),
   '--format=custom',
-  `--compress=${compression}`,
+  // Before 16 there is no word for gzip, which is the default.
+  ...(compression === 'gzip' ? [] : [`--compress=${compression}`]),
   `--snapshot=${snapshot}`,
   ...(file === undefined ? [] : [`--file=/backup/${file}`]),
   '--dbname',

@@ -7,6 +7,8 @@
 import { join } from 'node:path'
 import { logTail } from '../actions.mts'
 import { agree } from '../agree.mts'
+import { ask } from '../command.mts'
+import { setRestart } from '../compose.mts'
 import { smoke } from '../health.mts'
 import { describeFigures, startProof } from '../proof.mts'
 import {
@@ -71,9 +73,11 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
         await putLate(job)
       })
     if (job.withDatabase) await step('5/6', 'Swap the databases', () => swapDatabases(job))
+    if (belongsToOther(job)) await keepFromBooting(job)
     await step('6/6', 'See that visitors are served, take surplus uploads out', async () => {
-      await putLate(job)
+      const late = await putLate(job).then(() => undefined, asError)
       await stillServed(job)
+      if (late) throw late
       await exchange.takeSurplus(site, job.id)
     })
   } catch (error) {
@@ -150,6 +154,15 @@ async function writeDown(job: Job): Promise<void> {
 /** What editors replaced or deleted since the plan was made: as much as can be before the swap, the rest right after it. */
 async function putLate({ site, id, folder, uploads }: Job): Promise<void> {
   if (uploads) await exchange.putLate(site, id, uploads, join(folder, 'uploads.tar'))
+}
+
+/** Started again by the engine, the old release would drop what its code does not know. The deploy that follows makes a new container. */
+async function keepFromBooting({ site }: Job): Promise<void> {
+  for (const slot of ['strapi-master', 'strapi-slave'] as const) await ask(setRestart(site, slot, 'no'))
+}
+
+function asError(error: unknown): Error {
+  return error instanceof Error ? error : new Error(String(error))
 }
 
 async function swapDatabases({ site, id, set, postgresql }: Job): Promise<void> {
@@ -257,9 +270,10 @@ function conclude(job: Job): void {
   addToResult({ restore: job.id })
   const isFirst = job.withDatabase && !job.databases.live
   const undo = `Back to what was before, within ${site.restoreKeepDays} days: ${scriptCommand('data', site.envFile, 'undo')}`
-  const deploy = belongsToOther(job)
-    ? scriptCommand('deploy', site.envFile, `--rollback ${manifest.release}`)
-    : scriptCommand('deploy', site.envFile)
+  const deploy =
+    belongsToOther(job) && job.hasRelease
+      ? scriptCommand('deploy', site.envFile, `--rollback ${manifest.release}`)
+      : `${scriptCommand('deploy', site.envFile)}${belongsToOther(job) ? `   with the application as it was in release ${manifest.release}` : ''}`
   const back = isFirst ? 'There was no database before, so this cannot be taken back.' : undo
   if (job.unserved !== undefined)
     throw new Problem(

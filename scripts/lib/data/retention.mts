@@ -8,6 +8,8 @@ export interface Known {
   sizes: Record<string, number>
   /** What the last look at it said; undefined when nobody looked. */
   isRight: boolean | undefined
+  /** Nothing that should be in it was missing on the disk. */
+  isWhole: boolean
 }
 
 export interface Keep {
@@ -27,7 +29,8 @@ export function known(name: string, manifest: Manifest, isRight: boolean | undef
   const sizes = Object.fromEntries(
     Object.entries(manifest.files).map(([file, { sizeBytes }]) => [file, sizeBytes]),
   )
-  return { name, parts: manifest.parts, createdAt: new Date(manifest.createdAt), sizes, isRight }
+  const isWhole = manifest.missing.length === 0
+  return { name, parts: manifest.parts, createdAt: new Date(manifest.createdAt), sizes, isRight, isWhole }
 }
 
 /**
@@ -53,17 +56,20 @@ function reasonsToKeep(sets: Known[], keep: Keep, now: Date): Map<string, string
     else if (!set.isRight) reasons.set(set.name, 'is damaged: look at it, and remove it by hand')
   }
   const good = sets.filter(({ name }) => !reasons.has(name)).toReversed()
+  // What a later one lacks, an earlier one of the same day may still have.
+  const wholeFirst = [...good.filter(({ isWhole }) => isWhole), ...good.filter(({ isWhole }) => !isWhole)]
   for (const [period, count] of [
     ['daily', keep.daily],
     ['weekly', keep.weekly],
     ['monthly', keep.monthly],
   ] as const) {
     const newest = new Map<string, string>()
-    for (const { name, createdAt } of good) {
+    for (const { name, createdAt } of wholeFirst) {
       const key = periodOf[period](createdAt)
       if (!newest.has(key)) newest.set(key, name)
     }
-    for (const [key, name] of [...newest].slice(0, count)) {
+    const latest = [...newest].toSorted(([one], [other]) => (one > other ? -1 : 1))
+    for (const [key, name] of latest.slice(0, count)) {
       if (!reasons.has(name)) reasons.set(name, `${period}: the newest of ${key}`)
     }
   }
@@ -79,11 +85,12 @@ export function alarmOf(sets: Known[], now: Date): string | undefined {
   return [...files].map((file) => alarmOfFile(past, file)).find((alarm) => alarm !== undefined)
 }
 
-/** Whatever else the sets hold: the first nightly one shows whether a deploy's database is small for good. */
+/** Compared with one of the same kind, if there is one: a small one before a deploy must not make the nightly one look right. */
 function alarmOfFile(sets: Known[], file: string): string | undefined {
   const holders = sets.filter(({ sizes }) => file in sizes)
   const newest = holders.at(-1)
-  const before = holders.slice(0, -1).findLast(({ isRight }) => isRight)
+  const right = holders.slice(0, -1).filter(({ isRight }) => isRight)
+  const before = right.findLast(({ parts }) => parts.join() === newest?.parts.join()) ?? right.at(-1)
   if (newest?.isRight === false) return `the newest set, ${newest.name}, is damaged: nothing goes`
   const sizeBefore = before?.sizes[file] ?? 0
   return newest && sizeBefore > 100_000 && (newest.sizes[file] ?? 0) < sizeBefore / 2

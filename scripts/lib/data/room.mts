@@ -1,6 +1,9 @@
 /** Room on disks, looked at before anything is written: a full disk would stop the live database, too. */
 import { stat, statfs } from 'node:fs/promises'
-import { exitCodes, Problem } from '../report.mts'
+import { exitCodes, interrupted, Problem } from '../report.mts'
+
+/** A second of writing at full speed, and some segments of PostgreSQL's log. */
+export const leastFreeBytes = 512 * 2 ** 20
 
 export interface Want {
   folder: string
@@ -40,6 +43,58 @@ export async function needRoom(
       )
   }
   if (short.length > 0) throw new Problem(exitCodes.failed, `${short.join('; ')}; ${unchanged}`, advice)
+}
+
+/** The database itself, and what PostgreSQL's log of it may grow to (max_wal_size). */
+export function databaseNeeds(bytes: number): number {
+  return 1.2 * bytes + Math.min(bytes, 2 ** 30) + leastFreeBytes
+}
+
+/** What has to stay free for PostgreSQL where something else is written to its disk. */
+export async function reserveOn(folder: string, postgres: string): Promise<Want[]> {
+  return (await areOnOneDisk(folder, postgres)) ? [{ folder, bytes: leastFreeBytes }] : []
+}
+
+/**
+ * Runs an action that fills a disk. PostgreSQL stops altogether when it cannot write its log: the action has to give up before.
+ * @param signal aborted by an interruption, too
+ */
+export async function sparing<T>(
+  folder: string,
+  postgres: string,
+  action: (signal: AbortSignal) => Promise<T>,
+  interruption = interrupted,
+): Promise<T> {
+  if (!(await areOnOneDisk(folder, postgres))) return await action(interruption)
+  const full = new AbortController()
+  const look = async () => {
+    if ((await freeBytes(folder)) >= leastFreeBytes) return
+    full.abort(
+      new Problem(
+        exitCodes.failed,
+        `the disk of ${postgres} is almost full, so this gave up; what is live is as before`,
+        'Make room, then run it again.',
+      ),
+    )
+  }
+  const timer = setInterval(() => void look().catch(() => undefined), 100)
+  try {
+    return await action(AbortSignal.any([interruption, full.signal]))
+  } finally {
+    clearInterval(timer)
+  }
+}
+
+async function areOnOneDisk(folder: string, other: string): Promise<boolean> {
+  const [one, two] = await Promise.all(
+    [folder, other].map((path) =>
+      stat(path).then(
+        ({ dev }) => dev,
+        () => undefined,
+      ),
+    ),
+  )
+  return one !== undefined && one === two
 }
 
 export function megabytes(bytes: number): string {

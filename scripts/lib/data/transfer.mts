@@ -4,12 +4,12 @@ import { cp, link, open, readdir, rename, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { syncFolder } from '../envfile.mts'
-import { alive, exitCodes, interrupted, Problem } from '../report.mts'
+import { alive, exitCodes, Problem } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
-import { megabytes, needRoom } from './room.mts'
+import { megabytes, needRoom, reserveOn, sparing } from './room.mts'
 import type { Acceptable } from './fitness.mts'
-import { readManifest, setFiles, wrongSums } from './manifest.mts'
+import { readManifest, setFiles, wrongSums, wrongSumsFile } from './manifest.mts'
 import { commitSet, isSetName, listSets, newSetName, setFolder, stageSet } from './sets.mts'
 import { readArchive } from './untar.mts'
 
@@ -27,18 +27,22 @@ export async function exportSet(site: Site, name: string, file: string): Promise
   try {
     const found = new Map<string, string>()
     await using archive = createArchive(partial, (one) => found.set(one.name, one.sha256))
+    const { postgres } = site.folders
     await alive(
       () => `writing ${file}, ${megabytes(archive.sizeBytes)}`,
-      async () => {
-        for (const one of await readdir(folder)) {
-          interrupted.throwIfAborted()
-          await archive.addFile(join(folder, one), `${name}/${one}`)
-        }
-        await archive.close()
-      },
+      () =>
+        sparing(dirname(file), postgres, async (signal) => {
+          for (const one of await readdir(folder)) {
+            signal.throwIfAborted()
+            const added = await archive.addFile(join(folder, one), `${name}/${one}`)
+            if (!setFiles.has(one) || 'skipped' in added) throw damaged(site, name, one)
+          }
+          await archive.close()
+        }),
     )
     for (const [one, { sha256 }] of Object.entries(files))
       if (found.get(`${name}/${one}`) !== sha256) throw damaged(site, name, one)
+    for (const one of await wrongSumsFile(folder, files)) throw damaged(site, name, one)
     const handle = await open(partial, 'r')
     try {
       await handle.sync()
@@ -74,7 +78,8 @@ export async function importSet(site: Site, file: string): Promise<string> {
       'Give a file that export wrote.',
     )
   const { size } = found
-  await needRoom('the set needs', [{ folder: site.folders.backups, bytes: size }])
+  const { backups, postgres } = site.folders
+  await needRoom('the set needs', [{ folder: backups, bytes: size }, ...(await reserveOn(backups, postgres))])
   try {
     const name = await alive(
       () => `reading ${file}`,
@@ -87,20 +92,23 @@ export async function importSet(site: Site, file: string): Promise<string> {
       await alive(
         () => `taking ${name}, ${megabytes(bytes)}`,
         () =>
-          readArchive(file, ({ name: path }) => {
-            const one = path.slice(name.length + 1)
-            if (path !== `${name}/${one}` || !setFiles.has(one) || taken.has(one))
-              throw new Error(`${JSON.stringify(path)} does not belong to a set`)
-            taken.add(one)
-            const target = openSync(join(folder, one), 'wx', 0o600)
-            return {
-              write(part) {
-                for (let written = 0; written < part.length;) written += writeSync(target, part, written)
-                bytes += part.length
-              },
-              end: () => closeSync(target),
-            }
-          }),
+          sparing(backups, postgres, (signal) =>
+            readArchive(file, ({ name: path }) => {
+              const one = path.slice(name.length + 1)
+              if (path !== `${name}/${one}` || !setFiles.has(one) || taken.has(one))
+                throw new Error(`${JSON.stringify(path)} does not belong to a set`)
+              taken.add(one)
+              const target = openSync(join(folder, one), 'wx', 0o600)
+              return {
+                write(part) {
+                  signal.throwIfAborted()
+                  for (let written = 0; written < part.length;) written += writeSync(target, part, written)
+                  bytes += part.length
+                },
+                end: () => closeSync(target),
+              }
+            }),
+          ),
       )
     })
     return name

@@ -6,6 +6,7 @@ import { run } from '../command.mts'
 import { query } from '../compose.mts'
 import { readText } from '../envfile.mts'
 import { makeStateDir, recordedSchema, writeSynced } from '../history.mts'
+import { takeLock, verifyLock } from '../lock.mts'
 import { describeFigures, startProof } from '../proof.mts'
 import {
   addToResult,
@@ -26,7 +27,7 @@ import { observe } from '../slots.mts'
 import { healthyPostgresql, startingPostgresql } from './backup.mts'
 import { megabytes } from './room.mts'
 import { setFolder } from './sets.mts'
-import { incoming, keptName, readDatabases, swap, type Databases } from './databases.mts'
+import { incoming, keptName, readDatabases, scratch, swap, type Databases } from './databases.mts'
 import * as exchange from './exchange.mts'
 import * as plans from './plan.mts'
 import type { Acceptable } from './fitness.mts'
@@ -170,6 +171,8 @@ export async function mendRestore(site: Site): Promise<Mended> {
     }
   const databases = await readDatabases(site, postgresql)
   const found: string[] = []
+  if (databases.hasScratch && (await dropScratch(site, postgresql)))
+    found.push('a database that verify --deep had restored for a look: removed')
   let takenBack: string | undefined
   if (databases.hasIncoming) {
     await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`), patiently)
@@ -187,6 +190,18 @@ export async function mendRestore(site: Site): Promise<Mended> {
     }
   }
   return { found, ...(takenBack === undefined ? {} : { takenBack }) }
+}
+
+/** @returns whether it was nobody's any more */
+async function dropScratch(site: Site, postgresql: string): Promise<boolean> {
+  const lock = await takeLock(verifyLock(site), 'removing what verify --deep has left').catch(() => undefined)
+  if (!lock) return false
+  try {
+    await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}" WITH (FORCE)`), patiently)
+    return true
+  } finally {
+    lock.release()
+  }
 }
 
 async function mendExchange(
@@ -245,15 +260,18 @@ export async function removeOldRestores(site: Site, now: Date): Promise<void> {
       .catch((error: unknown) => warn(`not all that restores replaced could be removed: ${explain(error)}`))
   const exchanges = await plans.readExchanges(site)
   const underWay = (await plans.pendingExchanges(site)).map(({ id }) => id)
+  // An undo keeps, too, and from its own day on.
+  const isOld = async (id: string) =>
+    !underWay.includes(id) && id < before && idOf(await plans.endedAt(site, id)) < before
   for (const { name, id, bytes } of (await readDatabases(site, postgresql)).kept) {
-    if (id >= before || underWay.includes(id)) continue
+    if (!(await isOld(id))) continue
     await change(`drop ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`, async () => {
       await run(query(postgresql, 'postgres', `DROP DATABASE "${name}" WITH (FORCE)`), patiently)
       detail(`dropped ${name}, ${megabytes(bytes)}: older than RESTORE_KEEP_DAYS`)
     })
   }
   for (const { id } of exchanges) {
-    if (id < before && !underWay.includes(id))
+    if (await isOld(id))
       await change(`remove what restore ${id} replaced: older than RESTORE_KEEP_DAYS`, async () => {
         await plans.removeExchange(site, id)
         detail(`removed what restore ${id} replaced: older than RESTORE_KEEP_DAYS`)

@@ -1,7 +1,7 @@
 /** The uploads of a set: everything once, and then, beside the snapshot, what has come or changed meanwhile. */
 import { closeSync, opendirSync, openSync, statSync, writeFileSync, type Dir } from 'node:fs'
 import { join } from 'node:path'
-import { setImmediate as breathe } from 'node:timers/promises'
+import { setImmediate as breathe, setTimeout as pause } from 'node:timers/promises'
 import { interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
 import { textOf } from './manifest.mts'
@@ -10,6 +10,8 @@ import { ownFolder, unsafeName } from './untar.mts'
 export interface UploadsArchive {
   /** Adds what is new or has changed since the last pass. */
   pass(): Promise<void>
+  /** Adds again what was still being written in the last pass: a pause of its writer looks like its end. */
+  settle(): Promise<void>
   /**
    * @param referenced names that a row of the snapshot refers to
    * @returns what is in the archive, and the names that should be and are not, each with the reason
@@ -18,6 +20,10 @@ export interface UploadsArchive {
   [Symbol.asyncDispose](): Promise<void>
   readonly progress: { files: number; bytes: number }
 }
+
+/** Between two parts of a file that is being uploaded. */
+const settlingMs = 200
+const settlings = 10
 
 /** Strapi writes a file before its row and removes it before its row, so a pass right after a snapshot has what it refers to. */
 export function archiveUploads(
@@ -34,6 +40,7 @@ export function archiveUploads(
   })
   const known = new Map<string, Added>()
   const skipped = new Map<string, string>()
+  let recent: string[] = []
 
   async function add(name: string): Promise<void> {
     signal.throwIfAborted()
@@ -48,6 +55,7 @@ export function archiveUploads(
     } else {
       skipped.delete(name)
       known.set(name, added)
+      recent.push(name)
     }
   }
 
@@ -58,7 +66,18 @@ export function archiveUploads(
 
   return {
     async pass() {
+      recent = []
       for await (const name of filesBelow(uploads)) await add(name)
+    },
+    async settle() {
+      for (let times = 0; recent.length > 0 && times < settlings; times += 1) {
+        await pause(settlingMs, undefined, { signal })
+        const names = recent
+        recent = []
+        // What is gone by now was there when the rows referred to it.
+        for (const name of names)
+          if (statSync(join(uploads, name), { throwIfNoEntry: false })) await add(name)
+      }
     },
     async close(referenced) {
       await archive.close()

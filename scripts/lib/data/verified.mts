@@ -2,6 +2,7 @@
 import { join } from 'node:path'
 import { readText } from '../envfile.mts'
 import { makeStateDir, parseTorn, writeSynced } from '../history.mts'
+import { explain, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 
 export interface Verified {
@@ -21,6 +22,13 @@ export async function readVerified(site: Site): Promise<Verified[]> {
 export async function rememberVerified(site: Site, entry: Omit<Verified, 'at'>): Promise<void> {
   await makeStateDir(site)
   await writeSynced(file(site), 'a', `\n${JSON.stringify({ at: new Date().toISOString(), ...entry })}\n`)
+}
+
+/** What a backup has read back. The set is there, whether this can be written down or not; `verify` does it then. */
+export async function rememberProven(site: Site, set: string): Promise<void> {
+  await rememberVerified(site, { set, deep: false, wrong: [] }).catch((error: unknown) =>
+    warn(`that ${set} is right could not be written down: ${explain(error)}`),
+  )
 }
 
 function file(site: Site): string {

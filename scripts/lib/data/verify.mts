@@ -6,8 +6,8 @@ import { query } from '../compose.mts'
 import { exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { healthyPostgresql } from './backup.mts'
-import { needRoom } from './room.mts'
-import { createDatabase, databaseSize, serverVersionOf } from './databases.mts'
+import { databaseNeeds, needRoom, sparing } from './room.mts'
+import { createDatabase, scratch, serverVersionOf } from './databases.mts'
 import {
   missingIn,
   readManifest,
@@ -24,8 +24,6 @@ import { readArchive } from './untar.mts'
 
 /** A dump of many gigabytes takes its time. */
 const timeoutMs = 12 * 3_600_000
-/** The database that a dump is restored into for a look. */
-const scratch = 'strapi_blue_green_verify'
 
 /**
  * @returns what is wrong with the set, one sentence each
@@ -65,22 +63,21 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
   const manifest = await readManifest(folder)
   if (!manifest.database) return []
   const postgresql = await needPostgresql(site)
-  const size = databaseSize(site.database.name)
-  const bytes = 1.5 * Number(await run(query(postgresql, 'postgres', size)))
+  const { postgres } = site.folders
+  const bytes = databaseNeeds(
+    manifest.database.bytes ?? 6 * (manifest.files['database.dump']?.sizeBytes ?? 0),
+  )
   const advice = 'Make room, or verify without --deep.'
-  await needRoom('to restore the dump for a look needs', [{ folder: site.folders.postgres, bytes }], {
-    advice,
-  })
+  await needRoom('to restore the dump for a look needs', [{ folder: postgres, bytes }], { advice })
   await run(query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${scratch}" WITH (FORCE)`))
   const version = await serverVersionOf(postgresql)
   const create = createDatabase(scratch, 'postgres', manifest.database.settings, version)
   await run(query(postgresql, 'postgres', create))
   try {
-    const failure = await run(restoreDump(postgresql, scratch), {
-      input: join(folder, 'database.dump'),
-      timeoutMs,
-      signal: interrupted,
-    }).then(
+    const input = join(folder, 'database.dump')
+    const failure = await sparing(postgres, postgres, (signal) =>
+      run(restoreDump(postgresql, scratch), { input, timeoutMs, signal }),
+    ).then(
       () => undefined,
       (error: Error) => error,
     )
@@ -125,7 +122,7 @@ async function missingUploads(
 /** What says nothing about the set: a disk without room, a server that went away, a file that this user may not read. */
 function isDamage(error: unknown): boolean {
   const text = error instanceof Error ? error.message : String(error)
-  return !/No space left on device|ENOSPC|EACCES|EIO|server closed the connection|the database system is|is not running|No such container/.test(
+  return !/No space left on device|ENOSPC|EACCES|server closed the connection|the database system is|is not running|No such container|exit code 137|terminating connection|too many clients|connection to server|almost full|docker daemon/.test(
     text,
   )
 }

@@ -7,7 +7,7 @@ import { makeBackup, startingPostgresql } from '../data/backup.mts'
 import { parts } from '../data/manifest.mts'
 import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
-import { rememberVerified } from '../data/verified.mts'
+import { rememberProven } from '../data/verified.mts'
 import { addToResult, detail, exitCodes, explain, interrupted, Problem, say, step, warn } from '../report.mts'
 import { readSchema } from '../schema.mts'
 import { projectRoot, scriptCommand, type Site } from '../settings.mts'
@@ -115,7 +115,7 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   if (!isShared) for (const id of running) await run(['docker', 'stop', id])
   try {
     const { name } = await makeBackup(site, [...parts])
-    await rememberVerified(site, { set: name, deep: false, wrong: [] })
+    await rememberProven(site, name)
     detail(`${setFolder(site, name)}, read back and right`)
     addToResult({ backup: name })
   } catch (error) {

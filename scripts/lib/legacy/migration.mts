@@ -1,14 +1,12 @@
 /** What is migrated, and how far it has come: told by what is, not by what was noted. */
-import { stat } from 'node:fs/promises'
-import { dirname, resolve } from 'node:path'
+import { resolve } from 'node:path'
 import { parse } from 'dotenv'
 import type { Finding } from '../checks.mts'
-import { databaseNeeds } from '../data/job.mts'
-import { megabytes, needRoom } from '../data/room.mts'
+import { databaseNeeds, megabytes, needRoom } from '../data/room.mts'
 import { folderBytes } from '../data/uploads.mts'
 import * as engine from '../engine.mts'
 import { readText } from '../envfile.mts'
-import { isSameFolder } from '../folders.mts'
+import { isSameFolder, nearestFolder } from '../folders.mts'
 import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
@@ -195,17 +193,12 @@ async function roomProblem(legacy: Legacy, site: Site): Promise<string | undefin
     { folder: site.folders.postgres, bytes: databaseNeeds(database) },
   ]
   const there = await Promise.all(
-    wants.map(async ({ folder, bytes }) => ({ folder: await existing(folder), bytes })),
+    wants.map(async ({ folder, bytes }) => ({ folder: await nearestFolder(folder), bytes })),
   )
   return await needRoom('the migration needs', there).then(
     () => undefined,
     (error: unknown) => explain(error),
   )
-}
-
-/** The folder, or the nearest one above it that is there. */
-async function existing(folder: string): Promise<string> {
-  return (await stat(folder).catch(() => undefined)) ? folder : existing(dirname(folder))
 }
 
 function refusal(folder: string, problems: Finding[]): Problem {

@@ -10,7 +10,7 @@ import type { ConfigFile } from '../data/config.mts'
 import { parts, readManifest } from '../data/manifest.mts'
 import { megabytes } from '../data/room.mts'
 import { setFolder } from '../data/sets.mts'
-import { rememberVerified } from '../data/verified.mts'
+import { rememberProven } from '../data/verified.mts'
 import * as engine from '../engine.mts'
 import { readEnv, readText } from '../envfile.mts'
 import { isSameFolder, makeFolders } from '../folders.mts'
@@ -125,7 +125,7 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
   if (ended > 0) detail(`ended ${ended} sessions that an earlier run left in PostgreSQL`)
   const origin = { server: live.server, configFiles: configFiles(legacy, nginx) }
   const { name, manifest } = await makeBackup(legacyView(site, legacy), [...parts], { origin })
-  await rememberVerified(site, { set: name, deep: false, wrong: [] })
+  await rememberProven(site, name)
   await note(site, { backup: name })
   detail(`${setFolder(site, name)}, read back and right`)
   for (const line of manifest.missing) warn(`missing in the legacy site already: ${line}`)

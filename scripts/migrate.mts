@@ -17,7 +17,7 @@ import { checkList } from './lib/legacy/checklist.mts'
 import { note, notes } from './lib/legacy/journal.mts'
 import { describe, needFit, see, type Migration } from './lib/legacy/migration.mts'
 import { impact, preparation, type Step } from './lib/legacy/steps.mts'
-import { settle } from './lib/legacy/switch.mts'
+import { isSwitched, settle } from './lib/legacy/switch.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, step } from './lib/report.mts'
@@ -91,13 +91,14 @@ await report.main(async () => {
     if (options.rollback) return await back(await look(), isAgreed, options['accept-schema-change'] ?? false)
     if (options.finalize && noted.final && !isReading) return await removeForGood(await loadSite(envFile))
     if (options.finalize) return await forGood(await look(), isAgreed)
-    await migrate(await step('1/8', 'Look at the legacy set-up', look), options.until ?? 'check', isAgreed)
+    await migrate(await step('1/8', 'Look at the legacy set-up', look), options.until, isAgreed)
   } finally {
     lock?.release()
   }
 })
 
-async function migrate(migration: Migration, until: string, isAgreed: boolean): Promise<void> {
+async function migrate(migration: Migration, until: string | undefined, isAgreed: boolean): Promise<void> {
+  if (until === undefined && !report.isDryRun() && (await isAlreadyThrough(migration))) return
   await describe(migration)
   if (migration.stage === 'legacy') await needFit(migration)
   if (until === 'look') return
@@ -124,10 +125,22 @@ async function migrate(migration: Migration, until: string, isAgreed: boolean): 
   if (report.isDryRun()) return say('Nothing was changed.')
   await settle(migration).catch((error: unknown) => report.warn(report.explain(error)))
   await step('8/8', 'Check list', () => checkList(migration.site))
+  await note(migration.site, { isChecked: true })
   const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
   say(
     `Done: the new set-up serves. The legacy one is kept; back to it: ${option('--rollback')}; without it for good: ${option('--finalize')}`,
   )
+}
+
+/** Nothing is left to do: then nothing is changed, and visitors are not asked for anything. */
+async function isAlreadyThrough(migration: Migration): Promise<boolean> {
+  const { isChecked, outageMs } = await notes(migration.site)
+  if (!isChecked || !(await isSwitched(migration))) return false
+  const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
+  say(
+    `Migrated already${outageMs === undefined ? '' : `, the site was off for ${(outageMs / 1000).toFixed(1)} s`}: the new set-up serves, and nothing was changed.\nThe list once more: ${option('--until check')}\nBack: ${option('--rollback')}\nFor good: ${option('--finalize')}`,
+  )
+  return true
 }
 
 /** What is done already is not done again; how it ended is seen by looking, too. */

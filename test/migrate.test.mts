@@ -1,5 +1,5 @@
 /** From the legacy set-up to the new one and back: what is there comes along, and nothing is changed before. The tiny app stands for Strapi. */
-import { mkdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
+import { copyFile, mkdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { join } from 'node:path'
@@ -14,6 +14,7 @@ import {
   expectMigrated,
   isAnswered,
   killAt,
+  stateOf,
   sumsOf,
   tinyLegacy,
   untilAnswered,
@@ -240,6 +241,13 @@ describe('a migration', () => {
     expect(names.toSorted(([one = ''], [other = '']) => one.localeCompare(other))).toEqual(
       ['postgresql', 'redis', 'strapi'].map((name) => [`/legacy-${legacy.prefix}${name}`, 'exited', 'no']),
     )
+    const again = await mustSucceed(legacy.migrate('--yes'))
+    expect(again.stdout).toMatch(/^Migrated already, .* nothing was changed/)
+    // A `git pull` in the legacy folder brings its file back: that says nothing of who serves.
+    const file = join(legacy.folder, 'docker-compose.yml')
+    await copyFile(`${file}.backup`, file)
+    expect(await stateOf(legacy)).toBe('served')
+    await rm(file)
     // Nobody starts a second PostgreSQL on the same data by habit.
     await expect(legacyCompose(legacy, 'up', '--detach')).rejects.toThrow(/no configuration file/)
     const outcome = await legacy.site.run('deploy')
@@ -270,6 +278,10 @@ describe('a migration', () => {
     const refused = await legacy.migrate('--rollback', '--yes')
     expect([refused.code, refused.stderr]).toEqual([2, expect.stringContaining('--accept-schema-change')])
     expect(await isAnswered(legacy.own.url)).toBe(true)
+    const [postgresql] = await engine.serviceContainers(legacy.own.project, 'postgresql')
+    await run(['docker', 'stop', postgresql?.Id ?? ''])
+    const unseen = await legacy.migrate('--rollback', '--yes')
+    expect([unseen.code, unseen.stderr]).toEqual([2, expect.stringContaining('PostgreSQL does not run')])
     await mustSucceed(legacy.migrate('--rollback', '--yes', '--accept-schema-change'))
     await expectLegacy(legacy)
   })
@@ -301,7 +313,7 @@ describe('a migration', () => {
     await legacy.site.behave({})
   })
 
-  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch'])(
+  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch', 'nginx'])(
     'that stops after %s goes back to exactly what was',
     async (step) => {
       const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))

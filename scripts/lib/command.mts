@@ -5,6 +5,7 @@ import { createInterface } from 'node:readline'
 import { open, readdir, readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { $ } from 'zx'
+import { refuseInDryRun } from './report.mts'
 
 export interface RunOptions {
   /** Added to this process's own environment. */
@@ -47,7 +48,12 @@ export async function run(argv: string[], options: RunOptions = {}): Promise<str
   }
 }
 
+/** What `docker`, `nginx` and the tools of the host change something with. */
+const changing =
+  /^(docker (compose .* )?(build|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|mkdir|mv|rm|systemctl|tar)( |$)/
+
 async function runWith(stdin: 'ignore' | number, argv: string[], options: RunOptions): Promise<string> {
+  if (changing.test(argv.join(' '))) refuseInDryRun(`run ${argv.slice(0, 3).join(' ')}`)
   const child = $({
     stdio: [stdin, 'pipe', 'pipe'],
     env: { ...process.env, ...(options.daemon ? {} : mark), ...options.env },

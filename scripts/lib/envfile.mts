@@ -2,7 +2,7 @@
 import { chmod, chown, open, readFile, realpath, rename, rm, stat } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { parse } from 'dotenv'
-import { exitCodes, Problem } from './report.mts'
+import { exitCodes, Problem, refuseInDryRun } from './report.mts'
 
 /** One assignment as dotenv and Compose read it: key, value with its quotes (of several lines, too), comment behind it. */
 const assignment =
@@ -117,6 +117,7 @@ function endedLine(text: string): string {
 
 /** Replaces the file in one step, readable by its owner alone; owner stays. The old or the new text survives a power cut. */
 export async function writeEnv(link: string, text: string): Promise<void> {
+  refuseInDryRun(`write ${link}`)
   const path = await realpath(link).catch(() => link)
   const before = await stat(path).catch(() => undefined)
   const temporary = `${path}.new`

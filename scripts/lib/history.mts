@@ -3,6 +3,7 @@ import { chown, mkdir, open, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { readText } from './envfile.mts'
 import type { Figures } from './proof.mts'
+import { refuseInDryRun } from './report.mts'
 import type { Schema } from './schema.mts'
 import type { Site } from './settings.mts'
 
@@ -77,6 +78,7 @@ export async function makeStateDir(site: Site): Promise<void> {
 
 /** Appends or replaces; it survives a power cut. A new file belongs to the owner of its folder. */
 export async function writeSynced(path: string, flags: 'a' | 'w', text: string): Promise<void> {
+  refuseInDryRun(`write ${path}`)
   const file = await open(path, flags, 0o600)
   try {
     if (process.getuid?.() === 0) {

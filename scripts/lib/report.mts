@@ -82,6 +82,11 @@ export async function change(what: string, action: () => Promise<unknown>): Prom
   else await action()
 }
 
+/** Behind everything that writes: a dry run cannot, whatever its plan has forgotten. @throws Error in a dry run */
+export function refuseInDryRun(what: string): void {
+  if (mode.dryRun) throw new Error(`a dry run does not ${what}; please report this`)
+}
+
 /** Shows that a long action lives: on a terminal all the time, else by a line every 15 s. `latest` says what it is at. */
 export async function alive<T>(latest: () => string, action: () => Promise<T>): Promise<T> {
   const startedAt = Date.now()

@@ -1,11 +1,13 @@
+import { existsSync } from 'node:fs'
 import { link, lstat, mkdir, mkdtemp, readFile, rm, stat, utimes, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { parseSorting, reasonToDump, type Sorting } from '../../scripts/lib/legacy/database.mts'
-import { readNginx } from '../../scripts/lib/legacy/nginx.mts'
+import { readNginx, restoreNginx } from '../../scripts/lib/legacy/nginx.mts'
 import { differences } from '../../scripts/lib/legacy/settings.mts'
 import { copyUploads, differingUploads, uploadProblems } from '../../scripts/lib/legacy/uploads.mts'
+import { newFolder, siteWith } from './site.mts'
 
 describe('the order of texts', () => {
   const debian =
@@ -126,6 +128,19 @@ describe('the nginx files of a legacy site', () => {
   })
 })
 
+test('a way back that finds nothing kept leaves the file that is still the legacy one', async () => {
+  const site = await siteWith({ NGINX_COMMAND: 'true' })
+  site.nginx.confFile = join(await newFolder(), 'bob.conf')
+  await mkdir(join(site.stateDir, 'legacy-nginx'), { recursive: true })
+  await writeFile(site.nginx.confFile, 'server { listen 80; }')
+  await restoreNginx(site)
+  expect(await readFile(site.nginx.confFile, 'utf8')).toBe('server { listen 80; }')
+  await mkdir(join(site.stateDir, 'legacy-nginx'), { recursive: true })
+  await writeFile(site.nginx.confFile, `server { listen ${site.nginx.control}; }`)
+  await restoreNginx(site)
+  expect(existsSync(site.nginx.confFile)).toBe(false)
+})
+
 test('of settings that change, only what cannot be a secret is shown', async () => {
   const after =
     'POSTGRES_USER=BoB\nREDIS_PASSWORD=hush\nSMTP_PASS=hush\nSTRIPE_SK=hush\nDATABASE_HOST=postgresql\nMASTER_PORT=1337\n'
@@ -190,6 +205,15 @@ describe('uploads are copied', () => {
     await writeFile(join(to, 'mine.jpg'), 'mine')
     expect(await copy(false)).toMatchObject({ removed: 0 })
     expect(await readFile(join(to, 'mine.jpg'), 'utf8')).toBe('mine')
+  })
+
+  test('back without touching what is newer there, where that is asked for', async () => {
+    await copy()
+    await writeFile(join(to, 'a.jpg'), 'newer')
+    await rm(join(to, 'empty'))
+    await copyUploads(from, to, owner, { removesOthers: false, keepsNewer: true })
+    expect(await readFile(join(to, 'a.jpg'), 'utf8')).toBe('newer')
+    expect((await stat(join(to, 'empty'))).size).toBe(0)
   })
 
   test('after half a copy was left by a kill', async () => {

@@ -1,5 +1,5 @@
 /** The ways out: back to the legacy set-up, or for good without it. */
-import { existsSync } from 'node:fs'
+import { existsSync, realpathSync } from 'node:fs'
 import { join, relative, resolve } from 'node:path'
 import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
@@ -10,8 +10,9 @@ import { openSnapshot } from '../data/snapshot.mts'
 import { rememberProven } from '../data/verified.mts'
 import { addToResult, detail, exitCodes, explain, interrupted, Problem, say, step, warn } from '../report.mts'
 import { readSchema } from '../schema.mts'
-import { projectRoot, scriptCommand, type Site } from '../settings.mts'
-import { bringFilesBack, runningServices } from './containers.mts'
+import { composeCommand, projectRoot, scriptCommand, type Site } from '../settings.mts'
+import { observe } from '../slots.mts'
+import { bringBack, bringFilesBack, runningServices } from './containers.mts'
 import { note, notes } from './journal.mts'
 import { inStartOrder, nameOf } from './look.mts'
 import { wasStarted, type Migration } from './migration.mts'
@@ -41,7 +42,9 @@ export async function describeRollback(migration: Migration): Promise<void> {
       ? 'rows are not known, PostgreSQL does not tell'
       : more.join(', ') || 'no table has more rows'
   detail(`since the switch: ${rowsSaid}; ${uploads.length} uploads are new or differ; ${fate}`)
-  detail('what Redis (Bull’s queue) got since then is left behind')
+  detail(
+    'what Redis (Bull’s queue) got since then is left behind; jobs that were waiting at the switch are there again, and run twice',
+  )
   addToResult({ newRows: more, newUploads: uploads.length })
 }
 
@@ -61,14 +64,21 @@ async function newRows(
 /** The legacy Strapi, booted on a newer schema, drops what it does not know. @throws Problem (usage) */
 export async function refuseNewSchema(migration: Migration, isAccepted: boolean): Promise<void> {
   const { site, stage } = migration
-  if (stage === 'legacy' || isAccepted || !(await sharesData(migration))) return
-  const { schemaHash } = await notes(site)
-  const now = await readSchema(site)
-  if (schemaHash === undefined || now === undefined || now.hash === schemaHash) return
+  const { schemaHash, back } = await notes(site)
+  // Begun already, it was looked at then.
+  if (stage !== 'served' || isAccepted || back || !(await sharesData(migration))) return
+  const accepting = scriptCommand('migrate', site.envFile, '--rollback --accept-schema-change')
+  if ((await startingPostgresql(site)) === undefined)
+    throw new Problem(
+      exitCodes.usage,
+      'whether the database schema has changed since the switch cannot be seen: PostgreSQL does not run',
+      `Start it: ${composeCommand(site, 'up -d postgresql')}\nOr, if the legacy Strapi may drop what it does not know: ${accepting}`,
+    )
+  if ((await readSchema(site))?.hash === schemaHash) return
   throw new Problem(
     exitCodes.usage,
     'the database schema has changed since the switch: the legacy Strapi would drop what it does not know, with all data in it',
-    `If that is wanted: ${scriptCommand('migrate', site.envFile, '--rollback --accept-schema-change')}`,
+    `If that is wanted: ${accepting}`,
   )
 }
 
@@ -76,15 +86,17 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
 export async function rollBack(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   const isShared = await sharesData(migration)
+  if (stage === 'legacy') await refuseLive(site)
   // What is needed again is not removed any more.
   await note(site, { final: null })
-  // Where some of the legacy set-up runs, an earlier way back has made it.
-  if (stage === 'served' && (await runningServices(legacy)).length === 0)
+  if (stage === 'served' && !(await notes(site)).back?.set)
     await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
   await step('2/2', 'Stop the new set-up, start the legacy one', async () => {
     const isUntouched =
       stage === 'legacy' && (await runningServices(legacy)).length === inStartOrder(legacy).length
     if (isUntouched) {
+      // A killed switch may have taken their restarts away already.
+      await bringBack(legacy)
       await bringFilesBack(legacy)
       return await removeNew(site)
     }
@@ -102,12 +114,25 @@ export async function rollBack(migration: Migration): Promise<void> {
   )
 }
 
+/** The settings of another site that is live must not be taken for what was prepared. @throws Problem (usage) */
+async function refuseLive(site: Site): Promise<void> {
+  const { master, slave } = await observe(site)
+  if ([master, slave].every(({ status }) => status === 'absent' || status === 'stopped')) return
+  throw new Problem(
+    exitCodes.usage,
+    `the legacy set-up is in service, and a Strapi of the project ${site.project} runs, too: it is none that this migration has started`,
+    'Name the settings of the new set-up with --env-file.',
+  )
+}
+
 /** Where the database is left behind, visitors must not write to it any more: what they wrote would be nowhere. */
 async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
   const failure = postgresql && (await startPostgresql(postgresql).then(() => undefined, explain))
-  if (failure !== undefined)
+  if (failure !== undefined) {
+    await note(site, { back: { set: '' }, isUnsaved: !isShared })
     return warn(`there is no set: ${failure}\nwhat PostgreSQL has stays in ${site.folders.postgres}`)
+  }
   const slots = await Promise.all(
     Object.values(site.slots).map(({ container }) => engine.container(container)),
   )
@@ -115,12 +140,16 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   if (!isShared) for (const id of running) await run(['docker', 'stop', id])
   try {
     const { name } = await makeBackup(site, [...parts])
+    await note(site, { back: { set: name } })
     await rememberProven(site, name)
     detail(`${setFolder(site, name)}, read back and right`)
     addToResult({ backup: name })
   } catch (error) {
     // Nothing is left behind.
-    if (isShared && !interrupted.aborted) return warn(`not backed up: ${explain(error)}`)
+    if (isShared && !interrupted.aborted) {
+      await note(site, { back: { set: '' } })
+      return warn(`not backed up: ${explain(error)}`)
+    }
     if (!isShared) for (const id of running) await ask(['docker', 'start', id])
     throw new Problem(
       interrupted.aborted ? exitCodes.interrupted : exitCodes.failed,
@@ -173,7 +202,10 @@ function holdsLive(site: Site, folder: string): boolean {
     site.envFile,
     ...files.filter((path) => path !== undefined),
   ]
-  return used.some((path) => !relative(folder, resolve(join(projectRoot, 'docker'), path)).startsWith('..'))
+  const real = (path: string) => (existsSync(path) ? realpathSync(path) : path)
+  return used.some(
+    (path) => !relative(real(folder), real(resolve(join(projectRoot, 'docker'), path))).startsWith('..'),
+  )
 }
 
 export async function showStatus(migration: Migration): Promise<void> {

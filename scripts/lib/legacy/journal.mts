@@ -16,6 +16,14 @@ export interface Note {
   outageMs?: number
   /** From the first stop of a legacy service until one of the two serves. */
   isSwitching?: boolean
+  /** A way back that was begun: it was agreed to, and the set that was made for it, if one could be. */
+  back?: { set: string } | null
+  /** Its uploads are with the legacy ones. */
+  areUploadsBack?: boolean
+  /** The new database was left without a set: the next switch keeps it under another name. */
+  isUnsaved?: boolean
+  /** The list at the end was gone through. */
+  isChecked?: boolean
   /** The new Strapi has been started: it may have taken something, also when its containers are gone. */
   hasServed?: boolean
   /** What the legacy application was like when it was copied; empty when it was there before. */

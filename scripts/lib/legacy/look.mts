@@ -1,7 +1,7 @@
 /** The legacy set-up as it is: its containers by Compose's labels, what they hold by their mounts. Nothing is changed here. */
 import { existsSync } from 'node:fs'
 import { readdir, readFile, realpath } from 'node:fs/promises'
-import { basename, join, relative } from 'node:path'
+import { basename, join, relative, resolve } from 'node:path'
 import { parse as parseYaml } from 'yaml'
 import type { Finding } from '../checks.mts'
 import { ask } from '../command.mts'
@@ -9,6 +9,7 @@ import { query, type Server } from '../compose.mts'
 import { databaseSize } from '../data/databases.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
+import { pause } from '../report.mts'
 import type { Note } from './journal.mts'
 
 /** Behind the name of a compose file that must not be used by mistake: it would start a second PostgreSQL on the same data. */
@@ -135,7 +136,8 @@ export async function look(
   const settings = (await readEnv(join(folder, '.env'))) ?? {}
   const address = addressOf(strapi.container)
   if (address === undefined) add(`${nameOf(strapi)} publishes no port`, 'nginx must reach it on this host.')
-  const database = await databaseOf(postgresql.container, application)
+  // Out of service, it may just come up again after a power cut.
+  const database = await databaseOf(postgresql.container, application, isRetired ? 60_000 : 0)
   if (typeof database === 'string') add(database, 'Mend that, or migrate by hand: docker/README.md.')
   const password = await redisPassword(redis, [settings.REDIS_PASSWORD, application.REDIS_PASSWORD])
   if (password === undefined)
@@ -178,7 +180,8 @@ export function inStartOrder({ services }: Legacy): Service[] {
 /** Those that the containers were made from, else those that Compose looks for; also by the name of one that is out of service. */
 async function composeFilesOf(folder: string, containers: engine.Container[]): Promise<string[]> {
   const written = containers.map((one) => one.Config.Labels['com.docker.compose.project.config_files'])[0]
-  const paths = written?.split(',') ?? []
+  // The first Compose wrote down what was typed, as seen from the folder.
+  const paths = (written?.split(',') ?? []).map((path) => resolve(folder, path))
   const there = [...paths, ...paths.map((path) => `${path}${retiredSuffix}`)].filter((path) =>
     existsSync(path),
   )
@@ -245,6 +248,7 @@ function addressOf({ HostConfig, Config }: engine.Container): string | undefined
 async function databaseOf(
   container: engine.Container,
   application: Record<string, string>,
+  patienceMs: number,
 ): Promise<Legacy['database'] | string> {
   const environment = environmentOf(container.Config.Env)
   const data = environment.PGDATA ?? '/var/lib/postgresql/data'
@@ -268,12 +272,16 @@ async function databaseOf(
   }
   if (container.State.Status !== 'running') return { ...common, live: undefined }
   if (!(version >= 10)) return `${folder} does not hold the data of a PostgreSQL from 10 on`
-  for (const superuser of new Set(['postgres', owner])) {
-    const server = { containerId: container.Id, superuser }
-    const size = `${databaseSize(name)} WHERE (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)`
-    const bytes = await ask(query(server, 'postgres', size))
-    if (bytes?.trim()) return { ...common, live: { server, bytes: Number(bytes) } }
-  }
+  const deadline = Date.now() + patienceMs
+  do {
+    for (const superuser of new Set(['postgres', owner])) {
+      const server = { containerId: container.Id, superuser }
+      const size = `${databaseSize(name)} WHERE (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)`
+      const bytes = await ask(query(server, 'postgres', size))
+      if (bytes?.trim()) return { ...common, live: { server, bytes: Number(bytes) } }
+    }
+    if (patienceMs > 0) await pause(500)
+  } while (Date.now() < deadline)
   return `${nameOf({ container })} has no database ${name}, or its local socket lets neither postgres nor ${owner} in as a superuser without a password`
 }
 

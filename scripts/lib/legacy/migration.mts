@@ -68,7 +68,12 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
         : (await problemsOf({ legacy, nginx, site })).map(({ problem, fix }) => `${problem}: ${fix}`),
   })
   const hasServed = noted.hasServed || (await wasStarted(settings.site))
-  const stage = !isRetired ? 'legacy' : hasServed ? 'served' : 'switching'
+  const areRunning = inStartOrder(legacy).map(isRunning)
+  // What runs says more than a name: somebody may have put the compose file back, or a way back have ended half-way.
+  const isInService = isRetired
+    ? !hasServed && areRunning.every(Boolean)
+    : !hasServed || areRunning.some(Boolean)
+  const stage = isInService ? 'legacy' : hasServed ? 'served' : 'switching'
   return { envFile, legacy, nginx, settings, site: settings.site, stage, leave }
 }
 
@@ -126,6 +131,17 @@ async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> 
       `both set-ups would be the Compose project ${site.project}`,
       `Set COMPOSE_PROJECT_NAME in ${site.envFile} to another name.`,
     )
+  const prefix = site.values.CONTAINER_PREFIX || 'bob-'
+  for (const { container } of inStartOrder(legacy))
+    if (
+      [`${prefix}postgresql`, `${prefix}redis`, site.image].includes(
+        container.Config.Image.replace(/:latest$/, ''),
+      )
+    )
+      add(
+        `both set-ups would have an image ${container.Config.Image}`,
+        `Set CONTAINER_PREFIX and STRAPI_IMAGE in ${site.envFile} to other names.`,
+      )
   if (isSameFolder(site.source, legacy.source))
     add(
       'STRAPI_SOURCE is the legacy application itself, which must stay as it is',

@@ -3,10 +3,12 @@ import { mkdir, readdir, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { Finding } from '../checks.mts'
 import { ask, run } from '../command.mts'
+import { readText } from '../envfile.mts'
 import { makeStateDir } from '../history.mts'
 import { install } from '../nginx.mts'
 import { detail, exitCodes, explain, Problem, warn } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
+import { setAlone, setFlag } from '../traffic.mts'
 
 export interface LegacyNginx {
   files: string[]
@@ -143,17 +145,20 @@ function keptFolder(site: Site): string {
  * @throws Problem (degraded) with nginx's own words, and everything as before
  */
 export async function replaceNginx(site: Site, files: string[]): Promise<void> {
-  await makeStateDir(site)
-  await mkdir(keptFolder(site), { recursive: true, mode: 0o700 })
-  for (const path of files) {
-    const name = encodeURIComponent(path)
-    // Copied before anything else, links as links: from then on there is a way back.
-    await run(['cp', '--archive', '--no-target-directory', path, join(keptFolder(site), `${name}.new`)])
-    await rename(join(keptFolder(site), `${name}.new`), join(keptFolder(site), name))
-    if (path !== site.nginx.confFile) await rm(path)
-    detail(`${path} is kept in ${keptFolder(site)}`)
-  }
   try {
+    await makeStateDir(site)
+    await mkdir(keptFolder(site), { recursive: true, mode: 0o700 })
+    for (const path of files) {
+      const name = encodeURIComponent(path)
+      // Copied before anything else, links as links: from then on there is a way back.
+      await run(['cp', '--archive', '--no-target-directory', path, join(keptFolder(site), `${name}.new`)])
+      await rename(join(keptFolder(site), `${name}.new`), join(keptFolder(site), name))
+      if (path !== site.nginx.confFile) await rm(path)
+      detail(`${path} is kept in ${keptFolder(site)}`)
+    }
+    // A run that was killed may have left it to slave alone.
+    await setFlag(site, 'strapi-master')
+    await setAlone(site, false)
     await install(site)
   } catch (error) {
     await restoreNginx(site).catch((failure: unknown) => warn(explain(failure)))
@@ -172,7 +177,10 @@ export async function restoreNginx(site: Site): Promise<void> {
   if (kept === undefined) return
   const names = kept.filter((name) => !name.endsWith('.new'))
   const paths = names.map((name) => decodeURIComponent(name))
-  if (!paths.includes(site.nginx.confFile)) await rm(site.nginx.confFile, { force: true })
+  const { confFile, control } = site.nginx
+  // Only what is ours: killed at its very beginning, nothing was kept yet, and the file is still the legacy one.
+  const isOurs = ((await readText(confFile)) ?? '').includes(`listen ${control};`)
+  if (isOurs && !paths.includes(confFile)) await rm(confFile, { force: true })
   for (const [at, name] of names.entries()) {
     await rm(paths[at] ?? '', { force: true })
     await run(['cp', '--archive', '--no-target-directory', join(keptFolder(site), name), paths[at] ?? ''])

@@ -23,6 +23,20 @@ ask config set appendonly yes > /dev/null
 until_said 'ask info persistence | grep -q aof_rewrite_in_progress:0 && ask info persistence | grep -q aof_rewrite_scheduled:0'
 ask shutdown nosave || true`
 
+/** What it writes, an older one does not read. */
+export async function redisMajor(image: string): Promise<number> {
+  const text = await run([
+    'docker',
+    'run',
+    '--rm',
+    '--network=none',
+    '--entrypoint=redis-server',
+    image,
+    '--version',
+  ])
+  return Number(/v=(\d+)/.exec(text)?.[1])
+}
+
 /** Both must be stopped. What is in the new volume goes: it is a copy, or empty. @throws Error with what Redis said */
 export async function copyRedis(site: Site, legacy: Legacy): Promise<void> {
   const [made] = await engine.serviceContainers(site.project, 'redis')

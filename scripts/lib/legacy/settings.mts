@@ -4,11 +4,13 @@ import { createHash } from 'node:crypto'
 import { cp, mkdir, readdir, stat } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import { parse } from 'dotenv'
+import { run } from '../command.mts'
 import { addMissing, readText, setValues, writeEnv } from '../envfile.mts'
 import { isSameFolder } from '../folders.mts'
 import { detail } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
+import { invokingUser } from '../users.mts'
 import { note, notes } from './journal.mts'
 import type { Legacy } from './look.mts'
 import type { LegacyNginx } from './nginx.mts'
@@ -52,6 +54,8 @@ export async function planSettings(
   // Never the folder in which the legacy one runs, until that has stopped: somebody may type `up` in between.
   const ownFolder = set.POSTGRES_VOLUME && resolve(projectRoot, 'docker', set.POSTGRES_VOLUME)
   if (!isRetired && ownFolder && isSameFolder(ownFolder, legacy.database.folder)) delete set.POSTGRES_VOLUME
+  // From then on it is what the switch has written, a default or not.
+  if (isRetired && ownValues.POSTGRES_VOLUME) set.POSTGRES_VOLUME = ownValues.POSTGRES_VOLUME
   const theirs = Object.entries(legacy.settings)
     .filter(([key, value]) => value !== '' && !notCarried.test(key))
     .map(([key, value]): [string, string] => [
@@ -142,18 +146,28 @@ export async function writeSettings(
   { docker, application, site }: Settings,
 ): Promise<Site> {
   await mkdir(dirname(envFile), { recursive: true })
+  const isFirst = !existsSync(envFile)
   await writeEnv(envFile, docker)
+  if (isFirst) await giveToUser(envFile)
   const text = await writeDockerEnv(envFile)
   const written = await loadSite(envFile, { text })
   // Booted with an older schema, Strapi would drop what that does not know.
   if (!existsSync(join(site.source, 'package.json')) || (await isCopyOld(site, legacy))) {
     await copyApplication(legacy, site.source)
+    await giveToUser(site.source)
     await note(site, { copied: await digestOf(legacy) })
     detail(`copied the application to ${site.source}`)
   }
   await writeEnv(join(site.source, '.env'), application)
+  await giveToUser(join(site.source, '.env'))
   await writeApplicationEnv(written)
   return written
+}
+
+/** Who typed sudo deploys without it later. */
+async function giveToUser(path: string): Promise<void> {
+  const user = invokingUser()
+  if (user) await run(['chown', '--recursive', `${user.uid}:${user.gid}`, path])
 }
 
 /** Whether the application here is a copy of what the legacy one no longer is. */

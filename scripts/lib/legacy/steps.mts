@@ -23,6 +23,7 @@ import { note, notes } from './journal.mts'
 import type { Legacy } from './look.mts'
 import type { Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
+import { redisMajor } from './redis.mts'
 import { differences, freshDatabaseFolder, isCopyOld, writeSettings } from './settings.mts'
 import { isSwitched, legacyView, removeNew, startPostgresql, switchOver, uploadsOwner } from './switch.mts'
 import { copyUploads, newProgress } from './uploads.mts'
@@ -192,7 +193,32 @@ async function buildAll(migration: Migration): Promise<void> {
       ? 'the new PostgreSQL takes the data over as it is'
       : `${reason}: the database goes to ${site.folders.postgres} by dump and restore; the old one is kept`,
   )
+  await refuseOlderRedis(migration)
+  if (reason !== undefined) await warnOfOthers(migration)
   await makeContainers(migration, reason === undefined)
+}
+
+async function refuseOlderRedis({ site, legacy }: Migration): Promise<void> {
+  const [from, to] = await Promise.all([
+    redisMajor(legacy.services.redis.container.Image),
+    redisMajor(`${site.values.CONTAINER_PREFIX || 'bob-'}redis`),
+  ])
+  if (!(to < from)) return
+  throw new Problem(
+    exitCodes.usage,
+    `the data is of Redis ${from}, and ${site.values.REDIS_IMAGE} is Redis ${to}; visitors are served as before`,
+    `Set REDIS_IMAGE in ${site.envFile} to one of Redis ${from} or newer.`,
+  )
+}
+
+/** A dump is of one database. */
+async function warnOfOthers({ legacy: { database } }: Migration): Promise<void> {
+  if (!database.live) return
+  const sql = `SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> 'postgres' ORDER BY 1`
+  const names = (await run(compose.query(database.live.server, 'postgres', sql))).trim().split('\n')
+  const others = names.filter((name) => name !== database.name)
+  if (others.length > 0)
+    warn(`PostgreSQL also holds ${others.join(', ')}, which stays behind: dump and restore it by hand`)
 }
 
 /** The order of texts, and who owns what, must not change under the data. @throws Problem when there is no way at all */

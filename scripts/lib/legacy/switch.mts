@@ -8,6 +8,7 @@ import * as compose from '../compose.mts'
 import { makeBackup, type Origin } from '../data/backup.mts'
 import { readDatabases } from '../data/databases.mts'
 import { parts } from '../data/manifest.mts'
+import { setFolder } from '../data/sets.mts'
 import { restoreSet } from '../data/restore.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { differentRows } from '../data/verify.mts'
@@ -105,6 +106,9 @@ async function noteService({ site, legacy }: Migration): Promise<void> {
     restoredSet: '',
     hasServed: false,
     isSwitching: true,
+    back: null,
+    areUploadsBack: false,
+    isChecked: false,
   })
 }
 
@@ -121,9 +125,7 @@ export async function settle(migration: Migration): Promise<void> {
 /** The new Strapi has served before: everything is there, and only has to run. */
 async function startAgain(migration: Migration): Promise<void> {
   const { legacy } = migration
-  if (await sharesData(migration)) await writeDatabaseFolder(migration, legacy.database.folder)
-  const { site } = migration
-  const back = scriptCommand('migrate', site.envFile, '--rollback')
+  const back = scriptCommand('migrate', migration.envFile, '--rollback')
   const running = await containers.runningServices(legacy)
   if (running.length > 0)
     throw new Problem(
@@ -131,8 +133,10 @@ async function startAgain(migration: Migration): Promise<void> {
       `a way back was begun: ${running.map(({ name }) => name).join(', ')} of the legacy set-up run; nothing was changed`,
       `End it: ${back}`,
     )
+  if (await sharesData(migration)) await writeDatabaseFolder(migration, legacy.database.folder)
+  const { site } = migration
   try {
-    await note(site, { isSwitching: false })
+    await note(site, { isSwitching: false, back: null })
     // Also where somebody has taken the containers down.
     await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release } })
     await startPostgresql(await madeContainer(site, 'postgresql'))
@@ -230,10 +234,7 @@ async function dumpAndRestore(
   const origin: Origin = { server: live.server, configFiles: [] }
   const { name, manifest } = await makeBackup(legacyView(site, legacy), ['database'], { origin })
   await note(site, { rows: manifest.database?.rows ?? {}, restoredSet: name })
-  // No Strapi has seen it: what is there is empty, or a copy that was not used.
-  await run(
-    compose.query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${site.database.name}" WITH (FORCE)`),
-  )
+  await clearDatabase(site, postgresql)
   await restoreSet(site, {
     set: name,
     parts: ['database'],
@@ -242,6 +243,20 @@ async function dumpAndRestore(
     isNewHost: true,
     sortsAsServer: true,
   })
+}
+
+/** What is there is empty, a copy that was not used, or in a set; or else it stays, by another name. */
+async function clearDatabase(site: Site, postgresql: string): Promise<void> {
+  const { name } = site.database
+  if ((await notes(site)).isUnsaved) {
+    const kept = `${name}_before_${new Date().toISOString().slice(0, 19).replaceAll(/\D/g, '')}`
+    const isThere = (await readDatabases(site, postgresql)).live !== undefined
+    if (isThere)
+      await run(compose.query(postgresql, 'postgres', `ALTER DATABASE "${name}" RENAME TO "${kept}"`))
+    if (isThere) warn(`what the new Strapi had taken before is in no set, and kept as the database ${kept}`)
+    await note(site, { isUnsaved: false })
+  }
+  await run(compose.query(postgresql, 'postgres', `DROP DATABASE IF EXISTS "${name}" WITH (FORCE)`))
 }
 
 /** @throws Error when one is missing, before Strapi has touched anything */
@@ -296,6 +311,7 @@ async function madeContainer(site: Site, service: string): Promise<engine.Contai
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
   const log = await logTail(site, 'strapi-master')
+  const hasChanged = (await sharesData(migration)) && (await isSchemaChanged(site))
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
   try {
     await goBack(migration)
@@ -307,12 +323,26 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
       error,
     )
   }
+  if (hasChanged)
+    return new Problem(
+      exitCodes.degraded,
+      `the switch did not go through; the legacy set-up serves again, but the new Strapi had changed the database schema: what it dropped is gone there${log ? `\n${log.trimEnd()}` : ''}`,
+      `The data as it was before: ${setFolder(site, (await notes(site)).backup ?? '')} (RECOVERY.md in it says how)`,
+      error,
+    )
   return new Problem(
     interrupted.aborted ? exitCodes.interrupted : exitCodes.failed,
     `the switch did not go through; the legacy set-up serves again with all its data${log ? `\n${log.trimEnd()}` : ''}`,
     `Logs of the new containers: ${logsFolder(site)}\nThen: ${scriptCommand('migrate', envFile, `--from ${legacy.folder}`)}`,
     error,
   )
+}
+
+/** Since the legacy Strapi had made it. */
+async function isSchemaChanged(site: Site): Promise<boolean> {
+  const { schemaHash } = await notes(site)
+  const now = await readSchema(site)
+  return schemaHash !== undefined && now !== undefined && now.hash !== schemaHash
 }
 
 /**
@@ -329,16 +359,12 @@ export async function goBack(migration: Migration): Promise<void> {
   const hasServed = (await notes(site)).hasServed || (await wasStarted(site))
   detail('stopping the new set-up')
   await keepLogs(site)
-  // A legacy Strapi that runs has had them, and may have changed them since.
-  const isFirst = !(await containers.runningServices(legacy)).some(
-    ({ name }) => name === legacy.services.strapi.name,
-  )
-  if (hasServed && isFirst) {
-    await stopSlots(site)
-    if (isShared) await tolerate(copyUploadsBack(migration))
-    else if (migration.stage === 'switching') await tolerate(keepWhatItTook(site))
-  }
-  await stopNew(site)
+  const { back, areUploadsBack } = await notes(site)
+  if (hasServed) await stopSlots(site)
+  if (hasServed && isShared && !areUploadsBack) await tolerate(copyUploadsBack(migration))
+  // Its own database can be dumped when visitors are served again.
+  const isToKeep = hasServed && !isShared && !back
+  await stopNew(site, isToKeep ? ['postgresql'] : [])
   if (isShared) {
     const stranger = await strangerOnData(
       legacy.database.folder,
@@ -355,9 +381,11 @@ export async function goBack(migration: Migration): Promise<void> {
   await tolerate(restoreNginx(site))
   detail('waiting for the legacy Strapi')
   await containers.untilServing(legacy)
+  if (isToKeep) await tolerate(keepWhatItTook(site))
+  await stopNew(site)
   if (failures.length > 0) throw new Error(failures.join('; '))
   await containers.bringFilesBack(legacy)
-  await note(site, { isSwitching: false, hasServed: false })
+  await note(site, { isSwitching: false, hasServed: false, back: null, areUploadsBack: false })
   migration.stage = 'legacy'
   await removeNew(site)
 }
@@ -365,20 +393,29 @@ export async function goBack(migration: Migration): Promise<void> {
 /** Both use one database, and its rows refer to them. What is older there is in the set that was made before. */
 async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
   if (!existsSync(site.folders.uploads)) return
+  const { strapi } = legacy.services
+  const isStrapiUp = (await containers.runningServices(legacy)).some(({ name }) => name === strapi.name)
   const { uid, gid } = await stat(legacy.uploads)
   const { copied } = await copyUploads(
     site.folders.uploads,
     legacy.uploads,
     { uid, gid },
-    { removesOthers: false },
+    // A legacy Strapi that runs already may have changed them since.
+    { removesOthers: false, keepsNewer: isStrapiUp },
   )
   await endCopy(legacy.uploads)
+  await note(site, { areUploadsBack: true })
   if (copied > 0) detail(`${copied} uploads copied back`)
 }
 
 /** Visitors may have been there between its start and its end; who interrupts now means the switch. */
 async function keepWhatItTook(site: Site): Promise<void> {
+  const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
+  if (!postgresql)
+    return warn(`there is no set: PostgreSQL has no container; its data stays in ${site.folders.postgres}`)
+  await startPostgresql(postgresql)
   const { name } = await makeBackup(site, [...parts], { signal: new AbortController().signal })
+  await note(site, { back: { set: name } })
   warn(`what the new Strapi may have taken from visitors is in the set ${name}`)
 }
 
@@ -396,11 +433,14 @@ async function newContainers(site: Site): Promise<engine.Container[]> {
   ).flat()
 }
 
-/** PostgreSQL gets the time to end well. */
-async function stopNew(site: Site): Promise<void> {
-  for (const { Id, State } of await newContainers(site))
-    if (State.Status !== 'created' && State.Status !== 'exited')
-      await run(['docker', 'stop', '--time', '60', Id])
+/** PostgreSQL gets the time to end well. One that the engine starts again and again would not stay stopped. */
+async function stopNew(site: Site, butFor: string[] = []): Promise<void> {
+  for (const { Id, State, Config } of await newContainers(site)) {
+    if (State.Status === 'created' || State.Status === 'exited') continue
+    if (butFor.includes(Config.Labels['com.docker.compose.service'] ?? '')) continue
+    await run(['docker', 'update', '--restart', 'no', Id])
+    await run(['docker', 'stop', '--time', '60', Id])
+  }
 }
 
 /** Containers only: volumes and folders stay. */

@@ -15,6 +15,7 @@ import {
   writeFile,
 } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
+import { run } from '../command.mts'
 import { filesBelow } from '../data/uploads.mts'
 import { ownFolder, unsafeName } from '../data/untar.mts'
 
@@ -65,13 +66,14 @@ async function begunFrom(to: string): Promise<string | undefined> {
  * One pass: what is new or differs in size or time is copied, compared by its SHA-256 and renamed into place; what is gone at the
  * source goes. Killed at any moment, the next pass goes on.
  * @param owner of the copies
+ * @param options `keepsNewer`: what is newer there stays
  * @throws Error when a copy differs from a source that did not change
  */
 export async function copyUploads(
   from: string,
   to: string,
   owner: { uid: number; gid: number },
-  options: { removesOthers: boolean; progress?: Copied; signal?: AbortSignal },
+  options: { removesOthers: boolean; keepsNewer?: boolean; progress?: Copied; signal?: AbortSignal },
 ): Promise<Copied> {
   const done = options.progress ?? newProgress()
   await makeFolder(join(to, staging), owner)
@@ -83,13 +85,16 @@ export async function copyUploads(
     if (!source?.isFile()) continue
     seen.add(name)
     done.files += 1
-    if (isSame(source, statSync(join(to, name), { throwIfNoEntry: false }))) continue
+    const copy = statSync(join(to, name), { throwIfNoEntry: false })
+    if (isSame(source, copy) || (options.keepsNewer && copy && copy.mtimeMs > source.mtimeMs)) continue
     if (await copyOne(join(from, name), join(to, name), join(to, staging), owner)) {
       done.copied += 1
       done.bytes += source.size
     }
   }
   if (options.removesOthers) done.removed = await removeOthers(to, seen)
+  // What counts as copied must outlive a power cut.
+  if (done.copied > 0) await run(['sync', '--file-system', to], { timeoutMs: 3_600_000 })
   return done
 }
 

@@ -251,7 +251,7 @@ describe('a restore', () => {
       })
       const { code, events } = await outcome
       expect(code).toBe(1)
-      expect(String(events.at(-1)?.error)).toContain('is almost full, so the restore gave up')
+      expect(String(events.at(-1)?.error)).toContain('is almost full, so this gave up')
     } finally {
       await own.set({ POSTGRES_VOLUME: site.folders.postgres })
       await run(['umount', small])

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes the cluster on the first start. As in the official image, POSTGRES_USER is the superuser, and there is no other.
 set -e
+mkdir -p "$PGDATA"
 chown -R postgres:postgres "$PGDATA"
 for drop in gosu su-exec; do
   if command -v "$drop" > /dev/null; then break; fi

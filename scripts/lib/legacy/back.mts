@@ -89,7 +89,7 @@ export async function rollBack(migration: Migration): Promise<void> {
   if (stage === 'legacy') await refuseLive(site)
   // What is needed again is not removed any more.
   await note(site, { final: null })
-  if (stage === 'served' && !(await notes(site)).back?.set)
+  if (stage === 'served' && (await notes(site)).back?.set === undefined)
     await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
   await step('2/2', 'Stop the new set-up, start the legacy one', async () => {
     const isUntouched =

@@ -16,8 +16,8 @@ export interface Note {
   outageMs?: number
   /** From the first stop of a legacy service until one of the two serves. */
   isSwitching?: boolean
-  /** A way back that was begun: it was agreed to, and the set that was made for it, if one could be. */
-  back?: { set: string } | null
+  /** A way back that was begun, and the set that was made for it: none yet, or empty where there can be none. */
+  back?: { set?: string } | null
   /** Its uploads are with the legacy ones. */
   areUploadsBack?: boolean
   /** The new database was left without a set: the next switch keeps it under another name. */

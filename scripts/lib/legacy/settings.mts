@@ -226,9 +226,8 @@ async function copyApplication(legacy: Legacy, target: string): Promise<void> {
 
 /** Lines such as "REDIS_PASSWORD: (empty) -> ********": which values change, none that could be a secret readable. */
 export async function differences(before: string | undefined, after: string): Promise<string[]> {
-  const known = Object.keys(parse((await readText(exampleFile)) ?? '')).filter(
-    (key) => !/PASSWORD|SECRET|KEY|URL/.test(key),
-  )
+  const defaults = parse((await readText(exampleFile)) ?? '')
+  const known = Object.keys(defaults).filter((key) => !/PASSWORD|SECRET|KEY|URL/.test(key))
   const readable = new Set([...known, ...Object.keys(connection).filter((key) => !key.includes('PASSWORD'))])
   const [old, values] = [parse(before ?? ''), parse(after)]
   const shown = (key: string, value: string | undefined) => {
@@ -236,9 +235,13 @@ export async function differences(before: string | undefined, after: string): Pr
     if (value === '') return '(empty)'
     return readable.has(key) ? value : '********'
   }
-  return Object.entries(values)
-    .filter(([key, value]) => old[key] !== value)
-    .map(([key, value]) => `${key}: ${shown(key, old[key])} -> ${shown(key, value)}`)
+  return (
+    Object.entries(values)
+      .filter(([key, value]) => old[key] !== value)
+      // What nobody has set, and is not set now either.
+      .filter(([key, value]) => old[key] !== undefined || (value !== '' && value !== defaults[key]))
+      .map(([key, value]) => `${key}: ${shown(key, old[key])} -> ${shown(key, value)}`)
+  )
 }
 
 /** Beside the legacy one, but not among the engine's own volumes; no default, so that it counts as set. */

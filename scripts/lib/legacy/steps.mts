@@ -160,8 +160,9 @@ async function changes({ envFile, settings, legacy }: Migration): Promise<string
   const lines: string[] = []
   for (const [path, theirs, text] of files) {
     const own = await readText(path)
-    if (own === undefined) lines.push(`${path}: as ${theirs}, but for what follows`)
     const different = await differences(own ?? (await readText(theirs)), text)
+    if (own === undefined)
+      lines.push(`${path}: as ${theirs}${different.length > 0 ? ', but for what follows' : ''}`)
     lines.push(...different.map((line) => `${path}: ${line}`))
   }
   return lines

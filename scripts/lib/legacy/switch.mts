@@ -363,7 +363,8 @@ export async function goBack(migration: Migration): Promise<void> {
   if (hasServed) await stopSlots(site)
   if (hasServed && isShared && !areUploadsBack) await tolerate(copyUploadsBack(migration))
   // Its own database can be dumped when visitors are served again.
-  const isToKeep = hasServed && !isShared && !back
+  const isToKeep = hasServed && !isShared && back?.set === undefined
+  if (!back) await note(site, { back: {} })
   await stopNew(site, isToKeep ? ['postgresql'] : [])
   if (isShared) {
     const stranger = await strangerOnData(

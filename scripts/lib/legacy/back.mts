@@ -4,6 +4,7 @@ import { join, relative, resolve } from 'node:path'
 import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { makeBackup, startingPostgresql } from '../data/backup.mts'
+import { listed } from '../data/fitness.mts'
 import { parts } from '../data/manifest.mts'
 import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
@@ -42,6 +43,7 @@ export async function describeRollback(migration: Migration): Promise<void> {
       ? 'rows are not known, PostgreSQL does not tell'
       : more.join(', ') || 'no table has more rows'
   detail(`since the switch: ${rowsSaid}; ${uploads.length} uploads are new or differ; ${fate}`)
+  if (uploads.length > 0) detail(`uploads:${listed(uploads)}`)
   detail(
     'what Redis (Bull’s queue) got since then is left behind; jobs that were waiting at the switch are there again, and run twice',
   )

@@ -188,7 +188,8 @@ async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
 }
 
 async function degraded(site: Site, name: string, { missing, uploads }: Manifest): Promise<Problem> {
-  const held = await setsWithUploads(site, uploads?.missing ?? [])
+  // Others' sets may be closed to this user: that must not hide what is said here.
+  const held = await setsWithUploads(site, uploads?.missing ?? []).catch(() => new Map<string, string>())
   const sentences = missing.map((sentence) => {
     const [, set] = [...held].find(([upload]) => sentence.startsWith(`uploads/${upload} `)) ?? []
     return set === undefined ? sentence : `${sentence}; ${set} still has it`

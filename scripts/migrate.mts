@@ -123,9 +123,12 @@ async function migrate(migration: Migration, until: string | undefined, isAgreed
     if (until === one.name) return sayNext(migration)
   }
   if (report.isDryRun()) return say('Nothing was changed.')
-  await settle(migration).catch((error: unknown) => report.warn(report.explain(error)))
+  const isSettled = await settle(migration).then(
+    () => true,
+    (error: unknown) => (report.warn(report.explain(error)), false),
+  )
   await step('8/8', 'Check list', () => checkList(migration.site))
-  await note(migration.site, { isChecked: true })
+  await note(migration.site, { isChecked: isSettled })
   const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
   say(
     `Done: the new set-up serves. The legacy one is kept; back to it: ${option('--rollback')}; without it for good: ${option('--finalize')}`,

@@ -558,8 +558,14 @@ describe('a set as one file', () => {
     const bytes = await folderBytes(setFolder(site, name))
     const small = join(own.folder, 'small')
     await mkdir(small)
-    await run(['mount', '-t', 'tmpfs', '-o', `size=${Math.ceil(bytes / 2048)}k`, 'tmpfs', small])
+    const mount = (size: number) => run(['mount', '-t', 'tmpfs', '-o', `size=${size}`, 'tmpfs', small])
+    await mount(Math.ceil(bytes / 2))
     try {
+      const refused = await own.run('data', 'export', name, join(small, 'exported.tar'))
+      expect([refused.code, refused.stderr]).toEqual([1, expect.stringContaining('the file needs about')])
+      // Room for the files, and none for what tar puts between them.
+      await run(['umount', small])
+      await mount((Math.floor(bytes / 4096) + 1) * 4096)
       const exported = await own.run('data', 'export', name, join(small, 'exported.tar'))
       expect(exported.code).toBe(1)
       expect(exported.stderr).toContain('no space left on device')

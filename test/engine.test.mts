@@ -58,7 +58,9 @@ describe('a migration, in the middle of its switch', () => {
     })
     const { code, stdout } = await outcome
     await Promise.all(restarts)
-    expect([1, 3], stdout).toContain(code)
+    // Back by itself, or a person is told.
+    if (code === 1) await expectLegacy(legacy)
+    else expect(code, stdout).toBe(3)
     await mustSucceed(legacy.migrate('--rollback', '--yes'))
     await expectLegacy(legacy)
     expect(await legacy.sql('SELECT count(*) FROM things')).toBe(rows)

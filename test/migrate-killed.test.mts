@@ -7,6 +7,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { startServices } from '../scripts/lib/actions.mts'
 import { run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
+import * as engine from '../scripts/lib/engine.mts'
 import { readEnv } from '../scripts/lib/envfile.mts'
 import { loadSite } from '../scripts/lib/settings.mts'
 import {
@@ -82,6 +83,23 @@ describe('killed with -9', () => {
       expect(await legacy.sql(things, true)).toBe(rows)
     },
   )
+
+  test('on the way back, and then forward again: nothing of it is left, and the next way back is whole', async () => {
+    await mustSucceed(legacy.migrate('--yes'))
+    await killAt(legacy, ['--rollback', '--yes'], 'stopping the new set-up', 700)
+    await mustSucceed(legacy.migrate('--yes'))
+    await expectMigrated(legacy)
+    for (const service of ['postgresql', 'redis', 'strapi-master'])
+      for (const { HostConfig } of await engine.serviceContainers(legacy.own.project, service))
+        expect([service, HostConfig.RestartPolicy.Name]).toEqual([service, 'unless-stopped'])
+    await writeFile(join(legacy.own.folder, 'uploads/late.jpg'), 'late')
+    const { stdout } = await mustSucceed(legacy.migrate('--rollback', '--yes'))
+    expect(stdout).toMatch(/uploads:\n +- late\.jpg/)
+    expect(stdout).toContain('read back and right')
+    expect(await readFile(join(legacy.uploads, 'late.jpg'), 'utf8')).toBe('late')
+    await rm(join(legacy.uploads, 'late.jpg'))
+    await rm(join(legacy.own.folder, 'uploads/late.jpg'))
+  })
 
   test('in the middle of the switch: the way back is there at once, and no deploy starts what has no data yet', async () => {
     await killAt(legacy, ['--yes'], 'moving database, Redis and uploads over', 400)

@@ -38,7 +38,8 @@ async function ask(method: 'GET' | 'HEAD', address: string, question: Question):
     headers: { host: url.host, ...question.headers },
     agent: false,
     signal,
-    ...(question.dial && { hostname: question.dial }),
+    // An IPv6 address without its brackets.
+    ...(question.dial && { hostname: question.dial.replaceAll(/[[\]]/g, '') }),
     ...(question.socketPath && { socketPath: question.socketPath }),
   })
   try {

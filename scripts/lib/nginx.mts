@@ -4,7 +4,7 @@ import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { readText } from './envfile.mts'
 import { ask, hasSystemd, run } from './command.mts'
-import { detail, exitCodes, explain, Problem, warn } from './report.mts'
+import { detail, exitCodes, explain, Problem, refuseInDryRun, warn } from './report.mts'
 import { projectRoot, type Site } from './settings.mts'
 import { differences } from './traffic.mts'
 
@@ -80,6 +80,7 @@ export async function workerUser(site: Site): Promise<string | undefined> {
  */
 export async function install(site: Site): Promise<void> {
   const { confFile, command } = site.nginx
+  refuseInDryRun(`write ${confFile}`)
   const wanted = await render(site)
   const before = await readText(confFile)
   await mkdir(dirname(confFile), { recursive: true })

@@ -82,7 +82,7 @@ export async function change(what: string, action: () => Promise<unknown>): Prom
   else await action()
 }
 
-/** Behind everything that writes: a dry run cannot, whatever its plan has forgotten. @throws Error in a dry run */
+/** In front of what changes this host: a dry run does not get past it, whatever its plan has forgotten. @throws Error in a dry run */
 export function refuseInDryRun(what: string): void {
   if (mode.dryRun) throw new Error(`a dry run does not ${what}; please report this`)
 }

@@ -4,7 +4,7 @@ import { open, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from './envfile.mts'
 import { getUrl } from './http.mts'
-import { exitCodes, pause, Problem } from './report.mts'
+import { exitCodes, pause, Problem, refuseInDryRun } from './report.mts'
 import { scriptCommand, type Site, type SlotName } from './settings.mts'
 
 /** Raised together with nginx/*.conf whenever a deploy needs a newer one. */
@@ -202,6 +202,7 @@ async function until(site: Site, timeoutMs: number, probe: () => Promise<string 
 }
 
 async function setFile(site: Site, path: string, present: boolean): Promise<void> {
+  refuseInDryRun(`write ${path}`)
   if (present) {
     const file = await open(path, 'a', 0o644)
     await file.sync()

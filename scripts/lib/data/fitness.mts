@@ -44,7 +44,7 @@ export function obstacles(manifest: Manifest, site: Circumstances): Obstacle[] {
   if (site.parts.includes('uploads'))
     found.push(
       ...manifest.missing
-        .filter((sentence) => sentence.startsWith('uploads/'))
+        .filter((sentence) => /^uploads\b/.test(sentence))
         .map((sentence): Obstacle => ({ accept: 'incomplete', sentence })),
     )
   const hasDatabase = site.parts.includes('database')

@@ -1,7 +1,7 @@
 /** A lost server from a bare one and a set: configuration first, then database and uploads. The application is there already. */
 import { existsSync } from 'node:fs'
 import { chown, mkdir, writeFile } from 'node:fs/promises'
-import { dirname, join, relative, resolve } from 'node:path'
+import { basename, dirname, join, relative, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { startServices } from '../actions.mts'
 import { agree } from '../agree.mts'
@@ -154,13 +154,15 @@ async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise
       found.map(({ sentence }) => sentence),
       found.map((one) => one.accept),
     )
-  await needPlace(planned, manifest)
+  await needPlace(planned, folder, manifest)
   detail(`release ${manifest.release ?? 'unknown'}: ${manifest.parts.join(', ')}`)
   return { manifest, config, settings, application, planned }
 }
 
 /** For the set itself; what it brings is looked at when the folders are there. @throws Problem before anything is written */
-async function needPlace({ folders }: Site, { files }: Manifest): Promise<void> {
+async function needPlace({ folders }: Site, folder: string, { files }: Manifest): Promise<void> {
+  // It is in its place already.
+  if (dirname(folder) === folders.backups || existsSync(join(folders.backups, basename(folder)))) return
   const bytes = Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
   await needRoom('the set needs', [{ folder: await nearestFolder(folders.backups), bytes }])
 }
@@ -193,8 +195,10 @@ async function replaceText(path: string, text: string, stateDir: string): Promis
   if (before?.trim()) {
     await mkdir(stateDir, { recursive: true, mode: 0o700 })
     const kept = join(stateDir, `${relative(projectRoot, path).replaceAll(/[^\w.-]+/g, '-')}.before-restore`)
-    // The first one is what somebody wrote by hand.
-    if (!existsSync(kept)) await writeEnv(kept, before)
+    const earlier = await readText(kept)
+    // Never over another one: that is what somebody wrote by hand.
+    if (earlier !== undefined && earlier !== before) await writeEnv(`${kept}.${Date.now()}`, before)
+    else await writeEnv(kept, before)
     detail(`what was in ${path} is in ${kept}`)
   }
   await writeEnv(path, text)

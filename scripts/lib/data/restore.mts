@@ -125,7 +125,7 @@ async function liveRows({ site, postgresql, databases }: Job): Promise<Record<st
     const { name } = site.database
     const live = await alive(
       () => 'counting the rows that are live',
-      () => openSnapshot(postgresql, name, tools.restoreSession),
+      () => openSnapshot(postgresql, name, tools.restoreSession, { patienceMs: 60_000 }),
     )
     await live.close()
     return live.rows

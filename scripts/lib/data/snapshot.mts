@@ -53,9 +53,12 @@ export async function openSnapshot(
   server: Server,
   database: string,
   name = backupSession,
+  { patienceMs = 0 }: { patienceMs?: number } = {},
 ): Promise<Snapshot> {
   const session = startSession(psql(server, database, name))
   try {
+    if (patienceMs > 0)
+      await session.ask(`SET lock_timeout = ${patienceMs}; SET statement_timeout = ${patienceMs};`)
     await session.ask('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;')
     const [id = ''] = await session.ask('SELECT pg_export_snapshot();')
     const [serverVersion = ''] = await session.ask("SELECT current_setting('server_version');")

@@ -21,6 +21,9 @@ export async function exportSet(site: Site, name: string, file: string): Promise
     throw new Problem(exitCodes.usage, `there is no folder ${dirname(file)}`, 'Make it, or name another one.')
   const folder = setFolder(site, name)
   const { files } = await readManifest(folder)
+  const bytes = Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+  const wants = [{ folder: dirname(file), bytes }, ...(await reserveOn(dirname(file), site.folders.postgres))]
+  await needRoom('the file needs', wants)
   const partial = join(dirname(file), `.${basename(file)}.partial`)
   // Of one that was killed.
   await rm(partial, { force: true })

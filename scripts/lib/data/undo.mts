@@ -2,8 +2,8 @@
 import { rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { agree } from '../agree.mts'
-import { run } from '../command.mts'
-import { query } from '../compose.mts'
+import { ask, run } from '../command.mts'
+import { query, setRestart } from '../compose.mts'
 import { readText } from '../envfile.mts'
 import { makeStateDir, recordedSchema, writeSynced } from '../history.mts'
 import { takeLock, verifyLock } from '../lock.mts'
@@ -24,6 +24,7 @@ import {
 import { readSchema } from '../schema.mts'
 import { asRoot, composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
+import { flagged } from '../traffic.mts'
 import { healthyPostgresql, startingPostgresql } from './backup.mts'
 import { megabytes } from './room.mts'
 import { setFolder } from './sets.mts'
@@ -83,6 +84,8 @@ export async function undoRestore(
       addToResult({ undone: last.id, figures })
       say(describeFigures(figures), 'proof', { ...figures })
     }
+    // A restore of another schema has kept it from booting.
+    await ask(setRestart(site, flagged(site), 'unless-stopped'))
     say(
       `Done: what was live before restore ${last.id} is live again; what it had brought is kept for ${site.restoreKeepDays} days.`,
     )

@@ -68,7 +68,8 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
   const { site, stage } = migration
   const { schemaHash, back } = await notes(site)
   // Begun already, it was looked at then.
-  if (stage !== 'served' || isAccepted || back || !(await sharesData(migration))) return
+  const isBegun = back && !(await isSwitched(migration))
+  if (stage !== 'served' || isAccepted || isBegun || !(await sharesData(migration))) return
   const accepting = scriptCommand('migrate', site.envFile, '--rollback --accept-schema-change')
   if ((await startingPostgresql(site)) === undefined)
     throw new Problem(
@@ -91,6 +92,8 @@ export async function rollBack(migration: Migration): Promise<void> {
   if (stage === 'legacy') await refuseLive(site)
   // What is needed again is not removed any more.
   await note(site, { final: null })
+  // Of an earlier way back that came to nothing: visitors have gone on since.
+  if (await isSwitched(migration)) await note(site, { back: null, areUploadsBack: false })
   if (stage === 'served' && (await notes(site)).back?.set === undefined)
     await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
   await step('2/2', 'Stop the new set-up, start the legacy one', async () => {
@@ -151,6 +154,10 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
     if (isShared && !interrupted.aborted) {
       await note(site, { back: { set: '' } })
       return warn(`not backed up: ${explain(error)}`)
+    }
+    if (!isShared && running.length === 0 && !interrupted.aborted) {
+      await note(site, { back: { set: '' }, isUnsaved: true })
+      return warn(`there is no set: ${explain(error)}\nwhat PostgreSQL has stays in ${site.folders.postgres}`)
     }
     if (!isShared) for (const id of running) await ask(['docker', 'start', id])
     throw new Problem(

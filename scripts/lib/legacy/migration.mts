@@ -65,9 +65,15 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
     alsoWrong: async (site) =>
       isRetired
         ? []
-        : (await problemsOf({ legacy, nginx, site })).map(({ problem, fix }) => `${problem}: ${fix}`),
+        : (
+            await problemsOf({ legacy, nginx, site }).catch(
+              // What is wrong already may keep the rest from being looked at.
+              () => [],
+            )
+          ).map(({ problem, fix }) => `${problem}: ${fix}`),
   })
-  const hasServed = noted.hasServed || (await wasStarted(settings.site))
+  // The containers of a site that this migration has not made say nothing.
+  const hasServed = noted.hasServed || (isRetired && (await wasStarted(settings.site)))
   const areRunning = inStartOrder(legacy).map(isRunning)
   // What runs says more than a name: somebody may have put the compose file back, or a way back have ended half-way.
   const isInService = isRetired

@@ -136,7 +136,7 @@ async function startAgain(migration: Migration): Promise<void> {
   if (await sharesData(migration)) await writeDatabaseFolder(migration, legacy.database.folder)
   const { site } = migration
   try {
-    await note(site, { isSwitching: false, back: null })
+    await note(site, { isSwitching: false, back: null, areUploadsBack: false })
     // Also where somebody has taken the containers down.
     await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release } })
     await startPostgresql(await madeContainer(site, 'postgresql'))
@@ -144,6 +144,7 @@ async function startAgain(migration: Migration): Promise<void> {
     const { master, slave } = await observe(site)
     if ([master, slave].every(({ status }) => status === 'stopped' || status === 'absent'))
       await run(compose.start(site, 'strapi-master'))
+    await comeBackAfterReboot(site)
   } catch (error) {
     throw new Problem(
       exitCodes.degraded,
@@ -169,6 +170,13 @@ async function startAgain(migration: Migration): Promise<void> {
       }
     },
   )
+}
+
+/** A way back that was begun has taken that from them. Slave's own policy is none. */
+async function comeBackAfterReboot(site: Site): Promise<void> {
+  for (const service of ['postgresql', 'redis', 'livekit', 'strapi-master'])
+    for (const { Id } of await engine.serviceContainers(site.project, service))
+      await run(['docker', 'update', '--restart', 'unless-stopped', Id])
 }
 
 /** Lets all of them end before the first failure counts: what undoes them must not race with them. */
@@ -311,7 +319,7 @@ async function madeContainer(site: Site, service: string): Promise<engine.Contai
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
   const log = await logTail(site, 'strapi-master')
-  const hasChanged = (await sharesData(migration)) && (await isSchemaChanged(site))
+  const hasChanged = await isSchemaChanged(migration).catch(() => false)
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
   try {
     await goBack(migration)
@@ -339,7 +347,9 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
 }
 
 /** Since the legacy Strapi had made it. */
-async function isSchemaChanged(site: Site): Promise<boolean> {
+async function isSchemaChanged(migration: Migration): Promise<boolean> {
+  if (!(await sharesData(migration))) return false
+  const { site } = migration
   const { schemaHash } = await notes(site)
   const now = await readSchema(site)
   return schemaHash !== undefined && now !== undefined && now.hash !== schemaHash

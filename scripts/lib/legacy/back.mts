@@ -17,7 +17,9 @@ import { bringBack, bringFilesBack, runningServices } from './containers.mts'
 import { note, notes } from './journal.mts'
 import { inStartOrder, nameOf } from './look.mts'
 import { wasStarted, type Migration } from './migration.mts'
-import { goBack, isSwitched, removeNew, sharesData, startPostgresql } from './switch.mts'
+import { goBack } from './goback.mts'
+import { removeNew, sharesData, startPostgresql } from './newsetup.mts'
+import { isSwitched } from './switch.mts'
 import { differingUploads, endCopy } from './uploads.mts'
 
 /** What was made since the switch, and what becomes of it; said before anything happens. */

@@ -25,7 +25,8 @@ import type { Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
 import { redisMajor } from './redis.mts'
 import { differences, freshDatabaseFolder, isCopyOld, writeSettings } from './settings.mts'
-import { isSwitched, legacyView, removeNew, startPostgresql, switchOver, uploadsOwner } from './switch.mts'
+import { removeNew, startPostgresql } from './newsetup.mts'
+import { isSwitched, legacyView, switchOver, uploadsOwner } from './switch.mts'
 import { copyUploads, newProgress } from './uploads.mts'
 
 export interface Step {

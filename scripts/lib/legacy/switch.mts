@@ -1,20 +1,17 @@
 /** The moment that visitors notice: the legacy services stop, the new ones start on the same data. If any of it fails, back. */
-import { existsSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { logTail } from '../actions.mts'
-import { ask, run } from '../command.mts'
+import { run } from '../command.mts'
 import * as compose from '../compose.mts'
 import { makeBackup, type Origin } from '../data/backup.mts'
 import { readDatabases } from '../data/databases.mts'
-import { parts } from '../data/manifest.mts'
 import { setFolder } from '../data/sets.mts'
 import { restoreSet } from '../data/restore.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { differentRows } from '../data/verify.mts'
 import * as engine from '../engine.mts'
-import { readText, setValues, writeEnv } from '../envfile.mts'
-import { isSameFolder, strangerOnData, strapiUid } from '../folders.mts'
+import { strapiUid } from '../folders.mts'
 import { smoke, untilHealthy } from '../health.mts'
 import { readHistory, remember } from '../history.mts'
 import { imageOf } from '../releases.mts'
@@ -30,30 +27,23 @@ import {
   warn,
 } from '../report.mts'
 import { readSchema } from '../schema.mts'
-import { composeCommand, loadSite, scriptCommand, type Site } from '../settings.mts'
+import { composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import * as containers from './containers.mts'
 import { adoptRoles, countRows, untilReady } from './database.mts'
+import { goBack, logsFolder } from './goback.mts'
 import { note, notes } from './journal.mts'
 import { inStartOrder, type Legacy } from './look.mts'
-import { wasStarted, type Migration } from './migration.mts'
-import { restoreNginx } from './nginx.mts'
+import type { Migration } from './migration.mts'
+import { madeContainer, sharesData, startPostgresql, writeDatabaseFolder } from './newsetup.mts'
 import { copyRedis } from './redis.mts'
-import { freshDatabaseFolder } from './settings.mts'
-import { copyUploads, endCopy } from './uploads.mts'
+import { copyUploads } from './uploads.mts'
 
 export const uploadsOwner = { uid: strapiUid, gid: strapiUid }
 
 /** The legacy site as something that a backup can be made of. */
 export function legacyView(site: Site, { source, uploads, database: { name, user } }: Legacy): Site {
   return { ...site, source, folders: { ...site.folders, uploads }, database: { name, user } }
-}
-
-/** Whether the new PostgreSQL works in the folder of the legacy one: as its container was made. */
-export async function sharesData({ site, legacy }: Migration): Promise<boolean> {
-  const [made] = await engine.serviceContainers(site.project, 'postgresql')
-  const folders = made ? made.Mounts.map(({ Source }) => Source) : [site.folders.postgres]
-  return folders.some((folder) => isSameFolder(folder, legacy.database.folder))
 }
 
 /** The new Strapi serves, and nothing of the legacy set-up runs. */
@@ -208,23 +198,6 @@ async function moveDatabase(migration: Migration): Promise<void> {
   await compareRows(migration.site, postgresql)
 }
 
-/** @throws Error when somebody else works with its data, or it does not become ready */
-export async function startPostgresql({ Id, Mounts }: engine.Container): Promise<void> {
-  const data = Mounts.find(({ Destination }) => Destination === '/var/lib/postgresql/data')?.Source ?? ''
-  const stranger = await strangerOnData(data, [Id])
-  if (stranger !== undefined)
-    throw new Error(`${stranger} works in ${data}: a second PostgreSQL would destroy it`)
-  await run(['docker', 'start', Id])
-  await untilReady(Id, ['pg_isready', '--quiet', '--host=127.0.0.1'])
-}
-
-/** Only now: as long as the legacy PostgreSQL ran there, no `up` by hand may have started a second one. */
-async function writeDatabaseFolder(migration: Migration, folder: string): Promise<void> {
-  const { envFile } = migration
-  await writeEnv(envFile, setValues((await readText(envFile)) ?? '', { POSTGRES_VOLUME: folder }))
-  migration.site = await loadSite(envFile)
-}
-
 async function isRestored({ site }: Migration, postgresql: string): Promise<boolean> {
   const { restoredSet } = await notes(site)
   return Boolean(restoredSet) && (await readDatabases(site, postgresql)).live?.fromSet === restoredSet
@@ -309,12 +282,6 @@ async function startMaster(site: Site): Promise<void> {
   await smoke(site, 'strapi-master')
 }
 
-async function madeContainer(site: Site, service: string): Promise<engine.Container> {
-  const [found] = await engine.serviceContainers(site.project, service)
-  if (!found) throw new Error(`${service} has no container: it is made in the step before`)
-  return found
-}
-
 /** The legacy set-up serves again by itself, or a person is told. */
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
@@ -353,126 +320,4 @@ async function isSchemaChanged(migration: Migration): Promise<boolean> {
   const { schemaHash } = await notes(site)
   const now = await readSchema(site)
   return schemaHash !== undefined && now !== undefined && now.hash !== schemaHash
-}
-
-/**
- * Out of service: everything new. In service: everything legacy, seen to answer. Repeated, it goes on; not stopped by an
- * interruption.
- * @throws Error with all that did not go well, at the end
- */
-export async function goBack(migration: Migration): Promise<void> {
-  const { site, legacy } = migration
-  const failures: string[] = []
-  const tolerate = async (action: Promise<unknown>) =>
-    await action.catch((error: unknown) => void failures.push(explain(error)))
-  const isShared = await sharesData(migration)
-  const hasServed = (await notes(site)).hasServed || (await wasStarted(site))
-  detail('stopping the new set-up')
-  await keepLogs(site)
-  const { back, areUploadsBack } = await notes(site)
-  if (hasServed) await stopSlots(site)
-  if (hasServed && isShared && !areUploadsBack) await tolerate(copyUploadsBack(migration))
-  // Its own database can be dumped when visitors are served again.
-  const isToKeep = hasServed && !isShared && back?.set === undefined
-  if (!back) await note(site, { back: {} })
-  await stopNew(site, isToKeep ? ['postgresql'] : [])
-  if (isShared) {
-    const stranger = await strangerOnData(
-      legacy.database.folder,
-      inStartOrder(legacy).map(({ container }) => container.Id),
-    )
-    if (stranger !== undefined)
-      throw new Error(`${stranger} works in ${legacy.database.folder}; stop it first`)
-    await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
-    const { dataOwner } = await notes(site)
-    if (dataOwner) await tolerate(run(['chown', '-R', dataOwner, legacy.database.folder]))
-  }
-  detail('starting the legacy set-up')
-  await containers.bringBack(legacy)
-  await tolerate(restoreNginx(site))
-  detail('waiting for the legacy Strapi')
-  await containers.untilServing(legacy)
-  if (isToKeep) await tolerate(keepWhatItTook(site))
-  await stopNew(site)
-  if (failures.length > 0) throw new Error(failures.join('; '))
-  await containers.bringFilesBack(legacy)
-  await note(site, { isSwitching: false, hasServed: false, back: null, areUploadsBack: false })
-  migration.stage = 'legacy'
-  await removeNew(site)
-}
-
-/** Both use one database, and its rows refer to them. What is older there is in the set that was made before. */
-async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
-  if (!existsSync(site.folders.uploads)) return
-  const { strapi } = legacy.services
-  const isStrapiUp = (await containers.runningServices(legacy)).some(({ name }) => name === strapi.name)
-  const { uid, gid } = await stat(legacy.uploads)
-  const { copied } = await copyUploads(
-    site.folders.uploads,
-    legacy.uploads,
-    { uid, gid },
-    // A legacy Strapi that runs already may have changed them since.
-    { removesOthers: false, keepsNewer: isStrapiUp },
-  )
-  await endCopy(legacy.uploads)
-  await note(site, { areUploadsBack: true })
-  if (copied > 0) detail(`${copied} uploads copied back`)
-}
-
-/** Visitors may have been there between its start and its end; who interrupts now means the switch. */
-async function keepWhatItTook(site: Site): Promise<void> {
-  const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
-  if (!postgresql)
-    return warn(`there is no set: PostgreSQL has no container; its data stays in ${site.folders.postgres}`)
-  await startPostgresql(postgresql)
-  const { name } = await makeBackup(site, [...parts], { signal: new AbortController().signal })
-  await note(site, { back: { set: name } })
-  warn(`what the new Strapi may have taken from visitors is in the set ${name}`)
-}
-
-async function stopSlots(site: Site): Promise<void> {
-  for (const { container } of Object.values(site.slots))
-    if ((await engine.container(container))?.State.Status === 'running')
-      await run(['docker', 'stop', container])
-}
-
-const newServices = ['strapi-slave', 'strapi-master', 'livekit', 'redis', 'postgresql']
-
-async function newContainers(site: Site): Promise<engine.Container[]> {
-  return (
-    await Promise.all(newServices.map((service) => engine.serviceContainers(site.project, service)))
-  ).flat()
-}
-
-/** PostgreSQL gets the time to end well. One that the engine starts again and again would not stay stopped. */
-async function stopNew(site: Site, butFor: string[] = []): Promise<void> {
-  for (const { Id, State, Config } of await newContainers(site)) {
-    if (State.Status === 'created' || State.Status === 'exited') continue
-    if (butFor.includes(Config.Labels['com.docker.compose.service'] ?? '')) continue
-    await run(['docker', 'update', '--restart', 'no', Id])
-    await run(['docker', 'stop', '--time', '60', Id])
-  }
-}
-
-/** Containers only: volumes and folders stay. */
-export async function removeNew(site: Site): Promise<void> {
-  for (const { Id } of await newContainers(site)) await run(['docker', 'rm', '--force', Id])
-}
-
-function logsFolder(site: Site): string {
-  return join(site.stateDir, 'logs')
-}
-
-/** Their containers are removed, and somebody will want to know. */
-async function keepLogs(site: Site): Promise<void> {
-  await run(['mkdir', '--parents', '--mode=700', logsFolder(site)])
-  for (const { Id, Name, State } of await newContainers(site))
-    if (State.Status !== 'created')
-      await ask([
-        'sh',
-        '-c',
-        'umask 077; exec docker logs "$1" > "$0" 2>&1',
-        join(logsFolder(site), `${Name.slice(1)}.log`),
-        Id,
-      ])
 }

@@ -141,7 +141,7 @@ describe('a good deploy', () => {
     await mustSucceed(Promise.resolve(outcome))
     show('A good deploy', report)
 
-    expectNobodyLost(report, 1000)
+    expectNobodyLost(report, 400)
     for (const kind of ['GET', 'GET fresh', 'POST', 'POST fresh', 'slow body', 'slow answer', 'upload']) {
       expect(report.kinds[kind]?.ok, kind).toBeGreaterThan(5)
     }
@@ -175,7 +175,7 @@ describe('the procedure that this project began with', () => {
     const [report] = await visitorsDuring({ url: seed.url }, () => seed.deploy(String(release)))
     show("The seed's procedure", report)
     expect(report.releases.map((one) => one.release)).toContain(release)
-    expect(report.sent).toBeGreaterThan(1500)
+    expect(report.sent).toBeGreaterThan(500)
     expect(report.lost.length).toBeGreaterThan(0)
     await expectMasterServesAlone(release)
   })
@@ -196,7 +196,7 @@ describe('a release that changes the schema', () => {
     const [report, outcome] = await deployWithVisitors()
     show('A release that does not boot', report)
 
-    expectNobodyLost(report, 500)
+    expectNobodyLost(report, 150)
     expect(outcome.code).toBe(1)
     const { error, advice } = resultOf(outcome)
     expect(error).toContain('master was not touched')
@@ -212,7 +212,7 @@ describe('a release that changes the schema', () => {
     await edit('config/cron-tasks.ts', "'* * * * *'", "'* * * * * *'") // every second
     const [report, outcome] = await deployWithVisitors()
     await mustSucceed(Promise.resolve(outcome))
-    expectNobodyLost(report, 500)
+    expectNobodyLost(report, 150)
     await expectMasterServesAlone(resultOf(outcome).release)
 
     const slave = await engine.container((await loadSite(site.envFile)).slots['strapi-slave'].container)
@@ -238,7 +238,7 @@ describe('a release that changes the schema', () => {
     )
     await mustSucceed(Promise.resolve(outcome))
     show('A rollback', report)
-    expectNobodyLost(report, 500)
+    expectNobodyLost(report, 150)
     const { release } = resultOf(outcome)
     expect(report.releases.map((one) => one.release)).toEqual([live, release])
     expect(await hasColumn('note')).toBe(false)
@@ -264,7 +264,7 @@ describe('a deploy that is killed while visitors move', () => {
     })
     await mustSucceed(Promise.resolve(outcome))
     show('A killed deploy and the next one', report)
-    expectNobodyLost(report, 1000)
+    expectNobodyLost(report, 400)
     await expectMasterServesAlone(resultOf(outcome).release)
   })
 })

@@ -46,6 +46,7 @@ export async function loadDump(job: Job): Promise<void> {
     // What stays is removed by the next run; a PostgreSQL that died must not hide why.
     await ask(tools.removeIncoming(postgresql, [file]))
   }
+  detail('counting its rows, making statistics')
   const counted = (async () => {
     const restored = await openSnapshot(postgresql, incoming, tools.restoreSession)
     await restored.close()

@@ -2,7 +2,7 @@
 import { resolve } from 'node:path'
 import { parse } from 'dotenv'
 import type { Finding } from '../checks.mts'
-import { databaseNeeds, megabytes, needRoom } from '../data/room.mts'
+import { databaseNeeds, freeBytes, megabytes, needRoom } from '../data/room.mts'
 import { folderBytes } from '../data/uploads.mts'
 import * as engine from '../engine.mts'
 import { readText } from '../envfile.mts'
@@ -95,13 +95,16 @@ export async function wasStarted(site: Site): Promise<boolean> {
 export async function describe({ legacy, nginx, site, stage, settings }: Migration): Promise<void> {
   const uploads = await folderBytes(legacy.uploads)
   const { database } = legacy
+  const { backups, uploads: target, postgres } = site.folders
+  const free = async (folder: string) => megabytes(await freeBytes(await nearestFolder(folder)))
   detail(
     [
       `project ${legacy.project}: ${inStartOrder(legacy).map(nameOf).join(', ')}; Strapi answers at ${legacy.address}`,
       `application ${legacy.source}; uploads ${megabytes(uploads)}`,
-      `PostgreSQL ${database.major ?? ''} in ${database.folder}${database.live ? `, ${database.name} has ${megabytes(database.live.bytes)}` : ''}`,
+      `PostgreSQL ${database.major ?? ''} in ${database.folder}${database.live ? `, ${database.name} of ${database.user} has ${megabytes(database.live.bytes)}` : ''}`,
       `nginx ${nginx.files.join(', ') || 'passes nobody to it by a file of its own'}`,
       `new: project ${site.project}, application ${site.source}, uploads ${site.folders.uploads}`,
+      `free: ${await free(backups)} for the backup set, ${await free(target)} for uploads, ${await free(postgres)} for the database`,
       'expected outage: what PostgreSQL, Redis and one Strapi take to start, seconds; with another PostgreSQL also its dump and restore',
     ].join('\n'),
   )

@@ -146,10 +146,10 @@ async function isAlreadyThrough(migration: Migration): Promise<boolean> {
   return true
 }
 
-/** What is done already is not done again; how it ended is seen by looking, too. */
+/** What is done already is not done again; whether it is done then is seen by looking anew. */
 async function take(
   number: string,
-  { title, plan, isDone, act }: Step,
+  { name, title, plan, isDone, act }: Step,
   migration: Migration,
   isBehind = false,
 ): Promise<void> {
@@ -157,7 +157,19 @@ async function take(
     if (isBehind || (await isDone?.(migration))) return detail('done already')
     if (report.isDryRun()) return detail(`would ${await plan(migration)}`)
     await act(migration)
+    if (!isDone || (await isDone(await seeAgain(migration)))) return
+    const hasImpact = impact.some((one) => one.name === name)
+    throw new Problem(
+      hasImpact ? exitCodes.degraded : exitCodes.failed,
+      `nothing failed, and yet this is not done: ${title}`,
+      `See: ${scriptCommand('migrate', migration.envFile, '--status')}`,
+    )
   })
+}
+
+/** With nothing believed that was known before. */
+async function seeAgain({ envFile, legacy, leave }: Migration): Promise<Migration> {
+  return await see(envFile, legacy.folder, leave)
 }
 
 async function back(migration: Migration, isAgreed: boolean, acceptsSchema: boolean): Promise<void> {

@@ -6,7 +6,14 @@ import { setFlagsFromString } from 'node:v8'
 import { shellQuoted } from './lib/command.mts'
 import { makeBackup } from './lib/data/backup.mts'
 import { megabytes } from './lib/data/room.mts'
-import { bytesOf, findSet, lookAtSets, newestUnreadable, setsWithUploads } from './lib/data/catalogue.mts'
+import {
+  bytesOf,
+  findSet,
+  lookAtOpenSets,
+  lookAtSets,
+  newestUnreadable,
+  setsWithUploads,
+} from './lib/data/catalogue.mts'
 import { exclusively } from './lib/data/exclusive.mts'
 import { acceptable, listed, type Acceptable } from './lib/data/fitness.mts'
 import { parts as allParts, readManifest, type Manifest, type Part } from './lib/data/manifest.mts'
@@ -207,8 +214,9 @@ async function degraded(site: Site, name: string, { missing, uploads }: Manifest
 }
 
 async function list(site: Site): Promise<void> {
-  const { sets, unreadable } = await lookAtSets(site)
+  const { sets, unreadable, closed } = await lookAtOpenSets(site)
   for (const { name, why } of unreadable) warn(`${name}: DAMAGED, ${why}`)
+  for (const { name } of closed) warn(`${name}: who made it can read it, or root`)
   for (const { name, manifest, last } of sets) {
     const bytes = bytesOf(manifest)
     const proof =
@@ -235,7 +243,7 @@ async function list(site: Site): Promise<void> {
     )
   for (const { id } of await pendingExchanges(site))
     warn(`restore ${id} was interrupted; the next run mends it: ${scriptCommand('data', site.envFile)}`)
-  if (sets.length === 0)
+  if (sets.length + unreadable.length + closed.length === 0)
     say(`There is no set yet in ${site.folders.backups}. Make one: ${scriptCommand('data', site.envFile)}`)
 }
 
@@ -354,18 +362,12 @@ async function verify(site: Site, { words, deep, waitMs }: Wish): Promise<void> 
     await report.change(
       deep ? `read ${name} to its end, restore its dump for a look` : `read ${name} to its end`,
       async () => {
+        const progress = { bytes: 0 }
         const wrong = await report.alive(
-          () => `reading ${name}`,
-          () => verifySet(site, name),
+          () => `reading ${name}, ${megabytes(progress.bytes)}`,
+          () => verifySet(site, name, progress),
         )
-        if (deep && wrong.length === 0) {
-          wrong.push(
-            ...(await report.alive(
-              () => `restoring the dump of ${name} for a look`,
-              () => verifyDeeply(site, name),
-            )),
-          )
-        }
+        if (deep && wrong.length === 0) wrong.push(...(await verifyDeeply(site, name)))
         // Without a database there is nothing to restore.
         const isRestored = deep && (await holdsDatabase(site, name))
         await rememberVerified(site, { set: name, deep: isRestored, wrong })

@@ -1,4 +1,5 @@
 /** Backups of a running Strapi: one state, read back, and nothing half-made whatever happens. */
+import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
 import {
@@ -18,7 +19,7 @@ import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
 import { query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
@@ -29,7 +30,16 @@ import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
 import { folderBytes } from '../scripts/lib/data/uploads.mts'
 import { rememberProven } from '../scripts/lib/data/verified.mts'
 import { loadSite, type Site } from '../scripts/lib/settings.mts'
-import { mustSucceed, resultOf, settingOf, strapiSite, type TestSite } from './harness.mts'
+import {
+  damages,
+  expectUnseen,
+  mustSucceed,
+  resultOf,
+  secretsOf,
+  settingOf,
+  strapiSite,
+  type TestSite,
+} from './harness.mts'
 
 let own: TestSite
 let site: Site
@@ -76,8 +86,8 @@ async function makeSet(...options: string[]): Promise<string> {
   return String(resultOf(await mustSucceed(own.begin('data', ['backup', ...options]).outcome)).set)
 }
 
-/** Where the set's row tells of new bytes, they are in its archive. @returns in how many rows */
-async function expectReplaced(folder: string): Promise<number> {
+/** Each file that a row of the dump refers to is in the list, with the bytes that its row tells of. @returns how many were replaced */
+async function expectComplete(folder: string): Promise<number> {
   const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
   const restore = `docker exec -i -u postgres ${postgresql?.Id} pg_restore --data-only --table=files --file=- < database.dump`
   const text = await run(['sh', '-c', restore], { cwd: folder })
@@ -87,9 +97,15 @@ async function expectReplaced(folder: string): Promise<number> {
   const rows = data.split('\n').map((line) => line.split('\t'))
   const sizes = new Map<string, number>()
   for await (const { name, sizeBytes } of uploadLines(folder)) sizes.set(name, sizeBytes)
-  const changed = rows.filter((row) => Number(row[columns.indexOf('size')]) === 25)
-  for (const row of changed) expect(sizes.get(row[columns.indexOf('name')] ?? '')).toBe(25_000)
-  return changed.length
+  expect(rows.length).toBeGreaterThan(200)
+  for (const row of rows) {
+    const cell = (column: string) => row[columns.indexOf(column)] ?? ''
+    const { small } = JSON.parse(cell('formats')) as { small: { url: string } }
+    const names = [cell('url'), small.url].map((url) => url.replace('/uploads/', ''))
+    for (const name of names) expect([...sizes.keys()], name).toContain(name)
+    if (cell('size') === '25') expect(sizes.get(names[0] ?? '')).toBe(25_000)
+  }
+  return rows.filter((row) => row[columns.indexOf('size')] === '25').length
 }
 
 /** Nothing but finished sets and the empty incoming folder is there, and no session is left in PostgreSQL. */
@@ -170,6 +186,8 @@ describe('a backup', () => {
   test('has every file that its own state refers to while pictures come and go', async () => {
     const stopping = new AbortController()
     let replaced = 0
+    // So many pictures later: what came and went between two passes, nobody could have.
+    const gone = 14
     const editors = (async () => {
       for (let number = 0; !stopping.signal.aborted; number += 1) {
         await addPicture(`live_${number}.png`)
@@ -179,11 +197,11 @@ describe('a backup', () => {
           await writeFile(join(site.folders.uploads, name), randomBytes(25_000))
           await sql(`UPDATE files SET size = 25 WHERE name = '${name}'`)
         }
-        // Gone for good: the file first, then the row, as Strapi does.
-        if (number % 3 === 2) {
-          const name = `live_${number - 2}.png`
-          await sql(`DELETE FROM files WHERE name = '${name}'`)
+        // Gone for good: the files first, then the row, as Strapi does.
+        if (number % 3 === 2 && number >= gone) {
+          const name = `live_${number - gone}.png`
           for (const one of [name, `small_${name}`]) await unlink(join(site.folders.uploads, one))
+          await sql(`DELETE FROM files WHERE name = '${name}'`)
         }
         // The backups are to be seen at work, not the commands of this.
         await sleep(100)
@@ -195,7 +213,7 @@ describe('a backup', () => {
         await rememberProven(site, name)
         expect(manifest.missing).toEqual([])
         expect(manifest.uploads?.files).toBeGreaterThan(400)
-        replaced += await expectReplaced(setFolder(site, name))
+        replaced += await expectComplete(setFolder(site, name))
       }
       expect(replaced).toBeGreaterThan(0)
     } finally {
@@ -219,24 +237,28 @@ describe('a backup', () => {
     expect((await first.outcome).code).toBe(0)
   })
 
-  test('shows no password in its output, nor in the list of processes', async () => {
-    const passwords = await Promise.all(
-      ['POSTGRES_PASSWORD', 'REDIS_PASSWORD'].map((key) => settingOf(own, key)),
-    )
-    const { outcome } = own.begin('data', ['backup'])
-    let looks = 0
-    const ending = new AbortController()
-    const looking = (async () => {
-      for (; !ending.signal.aborted; looks += 1) {
-        const processes = await run(['ps', '-eo', 'args'])
-        for (const password of passwords) expect(processes).not.toContain(password)
-      }
-    })()
-    const { stdout, stderr } = await mustSucceed(outcome)
-    ending.abort()
-    await looking
-    expect(looks).toBeGreaterThan(5)
-    for (const password of passwords) expect(stdout + stderr).not.toContain(password)
+  test('shows no secret in its output, in the list of processes, in files that others may read', async () => {
+    const secrets = await secretsOf(own)
+    expect(secrets.length).toBeGreaterThan(5)
+    await expectUnseen(own, secrets, () => mustSucceed(own.run('data')))
+  })
+
+  test('gets a name of its own when the clock went back, and is the latest', async () => {
+    const last = await makeSet()
+    vi.useFakeTimers({
+      toFake: ['Date'],
+      now: new Date((await readManifest(setFolder(site, last))).createdAt),
+    })
+    try {
+      const { name } = await makeBackup(site, ['config'])
+      expect(name).toBe(`${last}-2`)
+      vi.setSystemTime(Date.now() - 3_600_000)
+      const earlier = await makeBackup(site, ['config'])
+      expect(earlier.name < last).toBe(true)
+      expect(await wrongSums(setFolder(site, earlier.name))).toEqual([])
+    } finally {
+      vi.useRealTimers()
+    }
   })
 })
 
@@ -423,17 +445,9 @@ describe('a set that was damaged', () => {
     expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
   })
 
-  test.each(filesOfSet)('in %s is found: a bit flipped, cut, deleted', async (file) => {
-    await verifyDamaged(async (folder) => {
-      const content = await readFile(join(folder, file))
-      const at = Math.floor(content.length / 2)
-      content[at] = (content[at] ?? 0) ^ 1
-      await writeFile(join(folder, file), content)
-    })
-    await verifyDamaged(async (folder) =>
-      truncate(join(folder, file), (await stat(join(folder, file))).size - 1),
-    )
-    await verifyDamaged((folder) => unlink(join(folder, file)))
+  test.each(filesOfSet)('in %s is found: a bit flipped, cut, longer, deleted, swapped', async (file) => {
+    const other = filesOfSet[(filesOfSet.indexOf(file) + 1) % filesOfSet.length] ?? ''
+    for (const damage of damages(file, other)) await verifyDamaged(damage)
   })
 
   test('is told from one of an empty uploads folder', async () => {
@@ -448,17 +462,66 @@ describe('a set that was damaged', () => {
     await mustSucceed(own.run('data'))
   })
 
-  test('is found when files are swapped or one is added', async () => {
-    await verifyDamaged(async (folder) => {
-      await run(['sh', '-c', 'mv roles.sql a && mv uploads.jsonl roles.sql && mv a uploads.jsonl'], {
-        cwd: folder,
-      })
-    })
+  test('is found when a file is added', async () => {
     const said = await verifyDamaged(async (folder) => {
       await writeFile(join(folder, 'more.txt'), '')
       await chmod(join(folder, 'more.txt'), 0o400)
     })
     expect(said).toContain('more.txt does not belong to the set')
+  })
+
+  test('in its schema alone is found with --deep', async () => {
+    const said = await verifyDamaged(async (folder) => {
+      const manifest = await readManifest(folder)
+      const structure = { ...manifest.database?.structure, 'public.pings': 'other' }
+      const database = manifest.database && { ...manifest.database, structure }
+      await writeManifest(folder, { ...manifest, database })
+    }, '--deep')
+    expect(said).toContain('public.pings has other columns, indexes or constraints')
+  })
+})
+
+describe('verify --deep', () => {
+  let good = ''
+  beforeAll(async () => {
+    good = await makeSet()
+  })
+
+  test.each([
+    ['restoring the dump', 0],
+    ['restoring the dump', 300],
+    ['comparing it', 0],
+  ])('killed at "%s" (+ %i ms) leaves nothing that the next run does not remove', async (point, delayMs) => {
+    const { outcome } = own.begin('data', ['verify', good, '--deep'], ({ message }, child) => {
+      if (message.startsWith(point)) setTimeout(() => child.kill('SIGKILL'), delayMs)
+    })
+    expect((await outcome).code).toBe(null)
+    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+    expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
+    await mustSucceed(own.run('data', 'verify', good, '--deep'))
+    await expectNothingHalfMade()
+  })
+
+  test('that fills the disk of PostgreSQL gives up, and does not blame the set', async () => {
+    const small = join(own.folder, 'small')
+    await mkdir(small)
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=3g', 'tmpfs', small])
+    try {
+      await own.set({ POSTGRES_VOLUME: small })
+      const { outcome } = own.begin('data', ['verify', good, '--deep'], ({ message }) => {
+        if (message.startsWith('restoring the dump'))
+          execFileSync('fallocate', ['-l', '2700M', join(small, 'full')])
+      })
+      const { code, events } = await outcome
+      expect(code).toBe(1)
+      expect(String(events.at(-1)?.error)).toContain('is almost full, so this gave up')
+    } finally {
+      await own.set({ POSTGRES_VOLUME: site.folders.postgres })
+      await run(['umount', small])
+      await rm(small, { recursive: true })
+    }
+    expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
+    expect((await mustSucceed(own.run('data', 'list'))).stdout).not.toContain('DAMAGED')
   })
 })
 
@@ -530,6 +593,53 @@ describe('a newest set that does not even say what it holds', () => {
   })
 })
 
+describe('a backup folder', () => {
+  test('that another site uses, too, is refused before anything is taken for remains', async () => {
+    const [postgresql] = await engine.serviceContainers(own.project, 'postgresql')
+    const name = `${own.project}-stranger`
+    const mount = `${join(site.folders.backups, '.incoming')}:/backup`
+    await run([
+      'docker',
+      'run',
+      '--detach',
+      '--rm',
+      '--name',
+      name,
+      '--volume',
+      mount,
+      '--entrypoint=sleep',
+      postgresql?.Image ?? '',
+      '600',
+    ])
+    await mkdir(join(site.folders.backups, '.partial-20990101-000000'))
+    try {
+      const outcome = await own.run('data')
+      expect([outcome.code, outcome.stderr]).toEqual([2, expect.stringContaining(`${name}, of another site`)])
+      expect(await readdir(site.folders.backups)).toContain('.partial-20990101-000000')
+    } finally {
+      await run(['docker', 'rm', '--force', name])
+    }
+    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+    await expectNothingHalfMade()
+  })
+})
+
+describe('a full disk of what is remembered', () => {
+  test('costs the memory of it, not the backup', async () => {
+    const before = await listSets(site)
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=4k,nr_inodes=1', 'tmpfs', site.stateDir])
+    try {
+      const { stdout } = await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      expect(stdout).toContain('could not be written down')
+    } finally {
+      await run(['umount', site.stateDir])
+    }
+    const [name = ''] = (await listSets(site)).filter((one) => !before.includes(one))
+    await mustSucceed(own.run('data', 'verify', name))
+    await expectNothingHalfMade()
+  })
+})
+
 describe('a set as one file', () => {
   const file = () => join(own.folder, 'exported.tar')
   beforeEach(() => rm(file(), { force: true }))
@@ -576,6 +686,14 @@ describe('a set as one file', () => {
       const imported = await own.run('data', 'import', file())
       expect(imported.code).toBe(1)
       expect(imported.stderr).toContain('the set needs about')
+      expect(await readdir(small)).toEqual(['.incoming'])
+      // Room for its bytes, and not for all of its files.
+      await run(['umount', small])
+      await run(['mount', '-t', 'tmpfs', '-o', 'nr_inodes=6', 'tmpfs', small])
+      await mkdir(join(small, '.incoming'))
+      const halfTaken = await own.run('data', 'import', file())
+      expect(halfTaken.code).toBe(1)
+      expect(halfTaken.stderr).toContain('no space left on device')
       expect(await readdir(small)).toEqual(['.incoming'])
     } finally {
       await own.set({ BACKUP_DIR: site.folders.backups })

@@ -1,7 +1,18 @@
 /** Sites of their own for the tests, the scripts run as an operator runs them, and ways to end them badly. */
 import { spawn, type ChildProcess } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
-import { mkdtemp, readFile, writeFile } from 'node:fs/promises'
+import { statSync } from 'node:fs'
+import {
+  appendFile,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  stat,
+  truncate,
+  unlink,
+  writeFile,
+} from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
@@ -11,6 +22,7 @@ import { orphans, run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText, setValues, writeEnv } from '../scripts/lib/envfile.mts'
+import { appSecrets } from '../scripts/lib/secrets.mts'
 import { loadSite, projectRoot, type SlotName } from '../scripts/lib/settings.mts'
 import { observe, type Observed } from '../scripts/lib/slots.mts'
 import { removeOwnSite, writeOwnSite, type OwnSite } from '../example/site.mts'
@@ -182,6 +194,68 @@ export async function deployAnd(
   await Promise.all(acted)
   expect(acted.length, `step ${stepNumber} was reached`).toBe(1)
   return outcome
+}
+
+/** What may happen to a file of a set. */
+export function damages(file: string, other: string): ((folder: string) => Promise<unknown>)[] {
+  return [
+    async (folder) => {
+      const content = await readFile(join(folder, file))
+      const at = Math.floor(content.length / 2)
+      content[at] = (content[at] ?? 0) ^ 1
+      await writeFile(join(folder, file), content)
+    },
+    async (folder) => truncate(join(folder, file), (await stat(join(folder, file))).size - 1),
+    (folder) => appendFile(join(folder, file), '0'),
+    (folder) => unlink(join(folder, file)),
+    async (folder) => {
+      await rename(join(folder, file), join(folder, 'aside'))
+      await rename(join(folder, other), join(folder, file))
+      await rename(join(folder, 'aside'), join(folder, other))
+    },
+  ]
+}
+
+/** Passwords of its services, keys of its application. */
+export async function secretsOf(site: OwnSite): Promise<string[]> {
+  const services = await readEnv(site.envFile)
+  const application = await readEnv(join(site.source, '.env'))
+  const passwords = ['POSTGRES_PASSWORD', 'REDIS_PASSWORD'].map((key) => services?.[key])
+  return [...passwords, ...appSecrets.map((key) => application?.[key])].filter((one) => one !== undefined)
+}
+
+/** Nobody sees them: not in what a script says, not in the list of processes while it runs, not in files that others may read. */
+export async function expectUnseen(
+  site: OwnSite,
+  secrets: string[],
+  running: () => Promise<Outcome>,
+): Promise<Outcome> {
+  const ending = new AbortController()
+  let looks = 0
+  const looking = (async () => {
+    for (; !ending.signal.aborted; looks += 1) {
+      const processes = await run(['ps', '-eo', 'args'])
+      for (const secret of secrets) expect(processes).not.toContain(secret)
+    }
+  })()
+  const outcome = await running().finally(() => ending.abort())
+  await looking
+  expect(looks).toBeGreaterThan(5)
+  for (const secret of secrets) expect(outcome.stdout + outcome.stderr).not.toContain(secret)
+  for await (const path of readableByOthers(site.folder)) {
+    const content = await readFile(path, 'latin1')
+    for (const secret of secrets) expect(content.includes(secret), `${path} shows a secret`).toBe(false)
+  }
+  return outcome
+}
+
+async function* readableByOthers(folder: string): AsyncGenerator<string> {
+  for (const entry of await readdir(folder, { withFileTypes: true })) {
+    const path = join(folder, entry.name)
+    const mode = statSync(path, { throwIfNoEntry: false })?.mode ?? 0
+    if (entry.isDirectory() && (mode & 0o001) !== 0) yield* readableByOthers(path)
+    else if (entry.isFile() && (mode & 0o004) !== 0) yield path
+  }
 }
 
 /** Master serves this release alone, and nothing is left behind. */

@@ -50,7 +50,7 @@ export async function run(argv: string[], options: RunOptions = {}): Promise<str
 
 /** What `docker`, `nginx` and the tools of the host change something with. */
 const changing =
-  /^(docker (compose .* )?(build|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|mkdir|mv|rm|systemctl|tar)( |$)/
+  /^(docker (compose .* )?(build|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|docker exec (--\S+ )*\w+ (chown|pg_restore .*--dbname|redis-cli shutdown|rm|sh)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|dd|mkdir|mv|rm|systemctl|tar)( |$)/
 
 async function runWith(stdin: 'ignore' | number, argv: string[], options: RunOptions): Promise<string> {
   if (changing.test(argv.join(' '))) refuseInDryRun(`run ${argv.slice(0, 3).join(' ')}`)

@@ -1,4 +1,5 @@
 /** Commands of Docker and Compose as data. What they name is decided here, what runs them is `run`. */
+import { isDryRun } from './report.mts'
 import { composeFile, type Site, type SlotName } from './settings.mts'
 
 /** `docker compose …` for this site. The files are named, so that the current folder does not matter. */
@@ -72,13 +73,13 @@ export function target(server: Server): string[] {
   return typeof server === 'string' ? [server] : [`--env=PGUSER=${server.superuser}`, server.containerId]
 }
 
-/** A query as the superuser on the local socket: no password, nothing on the network. */
+/** A query as the superuser on the local socket: no password, nothing on the network. In a dry run it cannot write. */
 export const query = (server: Server, database: string, sql: string) => {
   return [
     'docker',
     'exec',
-    '--user',
-    'postgres',
+    '--user=postgres',
+    ...(isDryRun() ? ['--env=PGOPTIONS=-c default_transaction_read_only=on'] : []),
     ...target(server),
     'psql',
     '--no-psqlrc',

@@ -60,3 +60,11 @@ export async function strangerOnData(folder: string, own: string[]): Promise<str
   )
   return found?.container
 }
+
+/** Name of another site's PostgreSQL that writes its dumps to this folder: each would take what the other writes for its own remains. */
+export async function strangerOnBackups(folder: string, own: string[]): Promise<string | undefined> {
+  const found = (await engine.mountsInUse()).find(
+    ({ id, folder: seen, at }) => at === '/backup' && !own.includes(id) && isSameFolder(seen, folder),
+  )
+  return found?.container
+}

@@ -47,7 +47,7 @@ const commands: [string, (site: Site) => string[], string][] = [
   [
     'asks the database on its local socket, without a password',
     () => compose.query('abc', 'BoB', 'SELECT 1'),
-    'docker exec --user postgres abc psql --no-psqlrc --tuples-only --no-align --dbname BoB --command SELECT 1',
+    'docker exec --user=postgres abc psql --no-psqlrc --tuples-only --no-align --dbname BoB --command SELECT 1',
   ],
 ]
 

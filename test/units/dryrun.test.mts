@@ -4,6 +4,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { run } from '../../scripts/lib/command.mts'
+import { query } from '../../scripts/lib/compose.mts'
+import { psql } from '../../scripts/lib/data/postgresql.mts'
 import { writeEnv } from '../../scripts/lib/envfile.mts'
 import { writeSynced } from '../../scripts/lib/history.mts'
 import { configureReport } from '../../scripts/lib/report.mts'
@@ -24,6 +26,7 @@ test.each([
   'docker image rm NAME',
   'nginx -c conf -s reload',
   'mkdir NAME',
+  'docker exec --user=root 0123abcd rm -f -- /backup/x',
 ])('a dry run cannot run "%s"', async (line) => {
   await expect(run(line.split(' '), { cwd: folder })).rejects.toThrow('a dry run does not run')
 })
@@ -32,6 +35,11 @@ test('a dry run can ask', async () => {
   // Refused by nobody but docker and cat themselves.
   expect(await run(['cat', '/dev/null'])).toBe('')
   await expect(run(['docker', 'compose', '--file', 'run/up/start', 'config'])).rejects.toThrow(/no such file/)
+})
+
+test('a dry run gives PostgreSQL no transaction that could write', () => {
+  for (const argv of [query('id', 'postgres', 'SELECT 1'), psql('id', 'postgres', 'session')])
+    expect(argv.join(' ')).toContain('-c default_transaction_read_only=on')
 })
 
 test('a dry run cannot write', async () => {

@@ -13,15 +13,7 @@ import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { archiveConfig, configFiles, type ConfigFile } from './config.mts'
-import {
-  filesOfPart,
-  format,
-  sumOf,
-  writeManifest,
-  wrongSums,
-  type Manifest,
-  type Part,
-} from './manifest.mts'
+import { filesOfPart, format, sumOf, writeManifest, type Manifest, type Part } from './manifest.mts'
 import { databaseSize } from './databases.mts'
 import * as tools from './postgresql.mts'
 import { recovery } from './recovery.mts'
@@ -33,6 +25,7 @@ import {
   incomingFolder,
   newSetName,
   partialSets,
+  readBack,
   removePartial,
   stageSet,
 } from './sets.mts'
@@ -115,11 +108,7 @@ export async function makeBackup(
       signal,
     )
     detail('reading everything back')
-    const progress = { bytes: 0 }
-    const wrong = await alive(
-      () => `reading back, ${megabytes(progress.bytes)}`,
-      () => wrongSums(folder, progress),
-    )
+    const wrong = await readBack(folder)
     if (wrong.length > 0) throw new Error(`what was written reads back differently: ${wrong.join('; ')}`)
     signal.throwIfAborted()
     detail(`making it the set ${name}`)
@@ -180,6 +169,7 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
       bytes: state.databaseBytes,
       settings: state.settings,
       rows: state.rows,
+      structure: state.structure,
     },
     uploads: uploads && {
       files: uploads.files,

@@ -10,28 +10,34 @@ export interface Catalogue {
   unreadable: { name: string; why: string }[]
 }
 
-/** Every set with what it says of itself and what was last seen of it, oldest first. */
+/** Every set with what it says of itself and what was last seen of it, oldest first. @throws Problem when this user may not read all */
 export async function lookAtSets(site: Site): Promise<Catalogue> {
+  const { closed, ...catalogue } = await lookAtOpenSets(site)
+  const [first] = closed
+  if (!first) return catalogue
+  throw new Problem(
+    exitCodes.failed,
+    `the sets in ${site.folders.backups} cannot all be read`,
+    `Who made them can, or root: ${asRoot(scriptCommand('data', site.envFile, 'list'))}`,
+    first.error,
+  )
+}
+
+/** The same, with those that this user may not read by name: that says nothing of them. */
+export async function lookAtOpenSets(
+  site: Site,
+): Promise<Catalogue & { closed: { name: string; error: Error }[] }> {
   const verified = await readVerified(site)
   const sets: Catalogue['sets'] = []
   const unreadable: Catalogue['unreadable'] = []
+  const closed: { name: string; error: Error }[] = []
   for (const name of await listSets(site)) {
     const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
     if (manifest instanceof Damage) unreadable.push({ name, why: manifest.message })
-    else if (manifest instanceof Error) throw mayNotRead(site, manifest)
+    else if (manifest instanceof Error) closed.push({ name, error: manifest })
     else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
   }
-  return { sets, unreadable }
-}
-
-/** Says nothing of the set. */
-function mayNotRead(site: Site, error: Error): Problem {
-  return new Problem(
-    exitCodes.failed,
-    `the sets in ${site.folders.backups} cannot be read`,
-    `Who made them can, or root: ${asRoot(scriptCommand('data', site.envFile, 'list'))}`,
-    error,
-  )
+  return { sets, unreadable, closed }
 }
 
 /** The newest set, when it does not even say what it holds. */

@@ -135,6 +135,17 @@ export function databaseSize(name: string): string {
   return `SELECT pg_database_size(${literal(name)})`
 }
 
+/** Its size in bytes while something fills it. To be stopped. */
+export function watchSize(containerId: string, name: string): { readonly bytes: number; stop: () => void } {
+  const measure = async () => {
+    watch.bytes = Number(await run(query(containerId, 'postgres', databaseSize(name))))
+  }
+  // A process in the container each time, which a restore on few cores would notice.
+  const timer = setInterval(() => void measure().catch(() => undefined), 5000)
+  const watch = { bytes: 0, stop: () => clearInterval(timer) }
+  return watch
+}
+
 export interface Swap {
   /** Name of the live database, which Strapi connects to. */
   live: string

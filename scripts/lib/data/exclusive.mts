@@ -1,9 +1,12 @@
 /** One run at a time per site, which first mends what an earlier one left half-made. */
 import { endOrphans, markCommands, orphans } from '../command.mts'
+import * as engine from '../engine.mts'
+import { strangerOnBackups } from '../folders.mts'
 import { takeLock } from '../lock.mts'
-import { detail, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
-import type { Site } from '../settings.mts'
+import { detail, exitCodes, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
+import { asRoot, scriptCommand, type Site } from '../settings.mts'
 import { endBackupLeftovers } from './backup.mts'
+import { incomingFolder } from './sets.mts'
 import { mendRestore, rememberTakenBack, type Mended } from './undo.mts'
 
 /** Runs an action under the lock of the site, with what a killed run left mended first. @throws Problem (locked) */
@@ -23,8 +26,12 @@ export async function exclusively(
   }
 }
 
-/** Ends what a killed run left behind: commands, half-made sets, a restore. What cannot be mended yet is warned of. */
+/**
+ * Ends what a killed run left behind: commands, half-made sets, a restore. What cannot be mended yet is warned of.
+ * @throws Problem (usage) when another site backs up to the same folder
+ */
 export async function endLeftovers(site: Site): Promise<void> {
+  await refuseShared(site)
   const left = await orphans(site.project)
   if (left.length > 0) {
     detail(`an earlier run left commands behind: ${left.map((one) => one.command).join('; ')}`)
@@ -36,6 +43,20 @@ export async function endLeftovers(site: Site): Promise<void> {
   const mended: Mended = await mendRestore(site).catch((error: unknown) => ({ found: warned(error) }))
   for (const found of mended.found) detail(`an earlier run left ${found}`)
   if (mended.takenBack !== undefined) await rememberTakenBack(site, mended.takenBack)
+}
+
+async function refuseShared(site: Site): Promise<void> {
+  const own = await engine.serviceContainers(site.project, 'postgresql').catch(() => undefined)
+  // Without an engine nobody else backs up either.
+  if (!own) return
+  const ids = own.map(({ Id }) => Id)
+  const stranger = await strangerOnBackups(incomingFolder(site), ids)
+  if (stranger === undefined) return
+  throw new Problem(
+    exitCodes.usage,
+    `${stranger}, of another site, backs up to ${site.folders.backups}, too: each would take what the other writes for its own; nothing was changed`,
+    `Set another BACKUP_DIR in ${site.envFile}, then: ${asRoot(scriptCommand('setup', site.envFile))}`,
+  )
 }
 
 function warned(error: unknown): string[] {

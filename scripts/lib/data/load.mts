@@ -6,7 +6,7 @@ import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
 import { alive, detail, interrupted, warn } from '../report.mts'
 
-import { createDatabase, databaseSize, incoming, properties } from './databases.mts'
+import { createDatabase, incoming, properties, watchSize } from './databases.mts'
 import type { Job } from './job.mts'
 import * as tools from './postgresql.mts'
 import { createMissingRoles, runSql } from './roles.mts'
@@ -28,7 +28,7 @@ export async function loadDump(job: Job): Promise<void> {
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
   const isForeign = settings !== undefined && settings.owner !== owner
   if (isForeign) detail(`what belonged to ${settings.owner} belongs to ${owner} now`)
-  const size = watchSize(postgresql)
+  const size = watchSize(postgresql, incoming)
   try {
     const restoring = tools.restoreFile(postgresql, {
       database: incoming,
@@ -38,7 +38,7 @@ export async function loadDump(job: Job): Promise<void> {
     })
     const { postgres } = site.folders
     await alive(
-      () => `restoring, ${megabytes(size.restoredBytes)}`,
+      () => `restoring, ${megabytes(size.bytes)}`,
       () => sparing(postgres, postgres, (signal) => run(restoring, { timeoutMs: 12 * 3_600_000, signal })),
     )
   } finally {
@@ -69,14 +69,4 @@ async function setProperties({ site, postgresql, id }: Job, sql: string[]): Prom
   const onLine = (line: string) => said.push(line)
   if (sql.length > 0) await runSql(site, postgresql, id, sql.join('\n'), { goesOn: true, onLine })
   return said.filter((line) => line.includes('ERROR'))
-}
-
-function watchSize(postgresql: string) {
-  const measure = async () => {
-    watch.restoredBytes = Number(await run(query(postgresql, 'postgres', databaseSize(incoming))))
-  }
-  // A process in the container each time, which a restore on few cores would notice.
-  const timer = setInterval(() => void measure().catch(() => undefined), 5000)
-  const watch = { restoredBytes: 0, stop: () => clearInterval(timer) }
-  return watch
 }

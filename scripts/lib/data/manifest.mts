@@ -27,12 +27,21 @@ export interface Manifest {
   release: string | undefined
   schemaHash: string | undefined
   versions: { postgresql?: string | undefined; strapi?: string | undefined }
-  database:
-    { name: string; bytes?: number; settings: DatabaseSettings; rows: Record<string, number> } | undefined
+  database: DatabaseState | undefined
   /** `missing`: the names in the sentences above; sets of earlier versions lack it. */
   uploads: { files: number; bytes: number; missing?: string[] } | undefined
   /** HMAC-SHA256 of the application's secrets, keyed with `createdAt`: tells whether a site has the same ones, not which. */
   secrets: string | undefined
+}
+
+export interface DatabaseState {
+  name: string
+  settings: DatabaseSettings
+  /** Of each table, by "schema.table". */
+  rows: Record<string, number>
+  /** Digests of columns, indexes and constraints, by "schema.name"; like `bytes`, sets of earlier versions lack it. */
+  structure?: Record<string, string>
+  bytes?: number
 }
 
 /** What CREATE DATABASE is told, as `pg_database` has it. Sets of earlier versions lack what is optional. */

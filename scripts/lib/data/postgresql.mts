@@ -1,6 +1,7 @@
 /** Commands in PostgreSQL's container as data: its own tools, as the superuser on the local socket, without a password. */
 
 import { target, type Server } from '../compose.mts'
+import { isDryRun } from '../report.mts'
 
 /** What sessions call themselves, so that the next run finds those that a kill left. */
 export const backupSession = 'strapi-blue-green-backup'
@@ -82,7 +83,7 @@ export const restoreFile = (containerId: string, { database, file, jobs, owner }
   '--user=root',
   '--env=PGUSER=postgres',
   `--env=PGAPPNAME=${restoreSession}`,
-  `--env=PGOPTIONS=${unbound} -c synchronous_commit=off -c wal_compression=off -c maintenance_work_mem=256MB`,
+  `--env=PGOPTIONS=${unbound} ${writing()} -c synchronous_commit=off -c wal_compression=off -c maintenance_work_mem=256MB`,
   containerId,
   'pg_restore',
   '--exit-on-error',
@@ -138,11 +139,11 @@ export const removeIncoming = (containerId: string, files: string[]) => {
 }
 
 /** Whatever a database or a role sets for its sessions, ours are not bound by it. */
-const unbound =
-  '-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off'
+const unbound = '-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0'
+const writing = () => `-c default_transaction_read_only=${isDryRun() ? 'on' : 'off'}`
 
 function asSuperuser(server: Server, ...options: string[]): string[] {
-  const own = ['--env=PGCLIENTENCODING=UTF8', `--env=PGOPTIONS=${unbound}`]
+  const own = ['--env=PGCLIENTENCODING=UTF8', `--env=PGOPTIONS=${unbound} ${writing()}`]
   return ['docker', 'exec', '--user=postgres', ...own, ...options, ...target(server)]
 }
 

@@ -21,18 +21,21 @@ import { asRoot, scriptCommand, type Site } from '../settings.mts'
 const mark = '# strapi-blue-green:'
 const path = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 const weekly = '45 5 * * 0'
+const commands = [['backup'], ['prune'], ['verify', '--deep']]
 
 /**
  * Text of the file. Everything in it is absolute, since cron gives neither a folder nor a PATH.
  * @param at five fields of cron, see crontab(5)
  */
 export function cronFile(site: Site, at: string): string {
-  const command = (...options: string[]) => cronCommand(site, ...options).replaceAll('%', String.raw`\%`)
+  const [backup, prune, verify] = commands.map((one) =>
+    cronCommand(site, ...one).replaceAll('%', String.raw`\%`),
+  )
   return `${mark} written by "${scriptCommand('data', site.envFile, 'schedule')}", removed by the same with --remove
 SHELL=/bin/sh
 PATH=${path}
-${at} root ${command('backup')}; ${command('prune')}
-${weekly} root ${command('verify', '--deep')}
+${at} root ${backup}; ${prune}
+${weekly} root ${verify}
 `
 }
 
@@ -41,7 +44,7 @@ function cronCommand(site: Site, ...options: string[]): string {
   return [...words, '--quiet', '--wait', '4h', '--env-file', site.envFile].map(shellQuoted).join(' ')
 }
 
-/** Installs the file and runs its backup once, as cron would. @throws Problem */
+/** Installs the file and runs all that is in it once, as cron would. @throws Problem */
 export async function schedule(site: Site, at: string): Promise<void> {
   if (!/^([\d*,/A-Za-z-]+\s+){4}[\d*,/A-Za-z-]+$/.test(at))
     throw new Problem(
@@ -70,17 +73,17 @@ export async function schedule(site: Site, at: string): Promise<void> {
     }
     detail(`wrote ${fileOf(site)}`)
   })
-  await change('run backup and prune once as cron would', () => tryAsCron(site, at))
+  await change('run backup, prune and verify --deep once as cron would', () => tryAsCron(site, at))
 }
 
 /** Without a terminal, from another folder, with nothing in the environment but what cron sets. */
 async function tryAsCron(site: Site, at: string): Promise<void> {
   const bare = ['env', '-i', 'HOME=/root', 'LOGNAME=root', 'SHELL=/bin/sh', `PATH=${path}`]
-  for (const command of ['backup', 'prune']) {
+  for (const command of commands) {
     interrupted.throwIfAborted()
-    const job = `umask 077; cd /; ${cronCommand(site, command)}`
+    const job = `umask 077; cd /; ${cronCommand(site, ...command)}`
     await alive(
-      () => `${command} runs as cron would run it`,
+      () => `${command.join(' ')} runs as cron would run it`,
       () => run([...bare, '/bin/sh', '-c', job], { timeoutMs: 12 * 3_600_000 }),
     ).catch((error: unknown) => {
       interrupted.throwIfAborted()
@@ -88,12 +91,12 @@ async function tryAsCron(site: Site, at: string): Promise<void> {
       const said = explain(error).split('\n').slice(1).join('\n')
       throw new Problem(
         exitCodes.degraded,
-        `${fileOf(site)} is in place, but its ${command} did not go well:\n${said}`,
+        `${fileOf(site)} is in place, but its ${command.join(' ')} did not go well:\n${said}`,
         `Mend what it says, then: ${scriptCommand('data', site.envFile, `schedule --at "${at}"`)}`,
       )
     })
   }
-  say(`Done: ${fileOf(site)} is in place, and its backup and prune ran well.`)
+  say(`Done: ${fileOf(site)} is in place, and all that is in it ran well.`)
 }
 
 /** Removes the file. Not being there is fine. */

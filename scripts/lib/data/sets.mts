@@ -1,8 +1,12 @@
 /** Where backup sets are kept: folders of BACKUP_DIR, named by their UTC time. A set is whole or it is not there. */
 import { chmod, link, mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises'
 import { join } from 'node:path'
+import { run } from '../command.mts'
 import { syncFolder } from '../envfile.mts'
+import { alive } from '../report.mts'
 import type { Site } from '../settings.mts'
+import { wrongSums } from './manifest.mts'
+import { megabytes } from './room.mts'
 
 const namePattern = /^\d{8}-\d{6}(-\d+)?$/
 const partial = '.partial-'
@@ -38,6 +42,24 @@ export async function stageSet(site: Site, name: string): Promise<string> {
   const folder = join(site.folders.backups, `${partial}${name}`)
   await mkdir(folder, { mode: 0o700 })
   return folder
+}
+
+/** Writes files to the disk, and out of the system's memory: what is read of them afterwards comes from the disk. */
+export async function toDisk(paths: string[]): Promise<void> {
+  for (const path of paths) {
+    const written = ['oflag=nocache', 'conv=notrunc,fsync', 'count=0', 'status=none']
+    await run(['dd', `of=${path}`, ...written], { timeoutMs: 12 * 3_600_000 })
+  }
+}
+
+/** Reads a staged set from the disk. @returns what is wrong with it, one sentence each */
+export async function readBack(folder: string): Promise<string[]> {
+  await toDisk((await readdir(folder)).map((name) => join(folder, name)))
+  const progress = { bytes: 0 }
+  return await alive(
+    () => `reading back, ${megabytes(progress.bytes)}`,
+    () => wrongSums(folder, progress),
+  )
 }
 
 /** Makes a staged set a finished one, all at once; it survives a power cut from here on, and cannot be written to. */

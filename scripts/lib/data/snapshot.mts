@@ -16,6 +16,8 @@ export interface Snapshot {
   /** Names in the uploads folder that a row refers to. */
   uploads: string[]
   schemaHash: string | undefined
+  /** Digest of what each table, view and sequence is made of, by "schema.name". */
+  structure: Record<string, string>
   databaseBytes: number
   close(): Promise<void>
 }
@@ -30,6 +32,26 @@ const listUploads = `SELECT ltrim(url, '/') FROM (
     UNION SELECT value->>'url' FROM files, jsonb_each(CASE jsonb_typeof(formats::jsonb) WHEN 'object' THEN formats::jsonb ELSE '{}' END)
       WHERE provider = 'local'
   ) AS one WHERE url LIKE '/uploads/%';`
+
+// Names and types alone: PostgreSQL writes an expression (of a check, of a partial index) differently once it was dumped. NOT NULL
+// is a constraint of its own from 18 on.
+const structure = `WITH relations AS (
+    SELECT c.oid, nspname || '.' || relname AS name, relkind FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+      WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f') AND nspname !~ '^pg_' AND nspname <> 'information_schema'
+  ), parts AS (
+    SELECT attrelid AS oid, format('column %s %I %s %s %s %s %s', to_char(row_number() OVER (PARTITION BY attrelid ORDER BY attnum), '0000'),
+        attname, format_type(atttypid, atttypmod), attnotnull, atthasdef, attidentity, attgenerated) AS part
+      FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped
+    UNION ALL SELECT i.indrelid, format('index %I %s %s %s %s', relname, amname, indisunique, indpred IS NOT NULL,
+        (SELECT string_agg(coalesce(quote_ident(attname), '()'), ',' ORDER BY place)
+          FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place) LEFT JOIN pg_attribute ON attrelid = i.indrelid AND attnum = number))
+      FROM pg_index AS i JOIN pg_class AS c ON c.oid = indexrelid JOIN pg_am AS a ON a.oid = relam
+    UNION ALL SELECT conrelid, format('constraint %I %s %s', conname, contype,
+        CASE WHEN contype <> 'c' THEN pg_get_constraintdef(oid) END) FROM pg_constraint WHERE contype <> 'n'
+    UNION ALL SELECT tgrelid, format('trigger %I %s', tgname, tgenabled) FROM pg_trigger WHERE NOT tgisinternal
+  )
+  SELECT json_build_array(name, md5(concat_ws(E'\\n', relkind, string_agg(part, E'\\n' ORDER BY part COLLATE "C"))))
+    FROM relations LEFT JOIN parts USING (oid) GROUP BY oid, name, relkind ORDER BY 1;`
 
 // As JSON, because the column of the locale has another name in almost every version.
 const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,
@@ -67,6 +89,7 @@ export async function openSnapshot(
     const rows = (await session.ask(countTables)).map((line) => JSON.parse(line) as [string, number])
     const tables = new Set(rows.map(([table]) => table))
     const uploads = tables.has('public.files') ? await session.ask(listUploads) : []
+    const relations = (await session.ask(structure)).map((line) => JSON.parse(line) as [string, string])
     const [schemaHash] = tables.has('public.strapi_database_schema')
       ? await session.ask('SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1;')
       : []
@@ -77,6 +100,7 @@ export async function openSnapshot(
       rows: Object.fromEntries(rows),
       uploads: uploads.map((url) => url.slice('uploads/'.length)),
       schemaHash,
+      structure: Object.fromEntries(relations),
       databaseBytes: Number(bytes),
       close: () => session.end(),
     }

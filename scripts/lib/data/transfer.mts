@@ -1,6 +1,7 @@
 /** A set as one portable file, and back. The file is a plain tar of the set's folder. */
+import { createHash } from 'node:crypto'
 import { closeSync, existsSync, openSync, writeSync } from 'node:fs'
-import { cp, link, open, readdir, rename, rm, stat } from 'node:fs/promises'
+import { cp, link, readdir, rename, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { syncFolder } from '../envfile.mts'
@@ -9,8 +10,8 @@ import { scriptCommand, type Site } from '../settings.mts'
 import { createArchive } from './archive.mts'
 import { megabytes, needRoom, reserveOn, sparing } from './room.mts'
 import type { Acceptable } from './fitness.mts'
-import { readManifest, setFiles, wrongSums, wrongSumsFile } from './manifest.mts'
-import { commitSet, isSetName, listSets, newSetName, setFolder, stageSet } from './sets.mts'
+import { readManifest, setFiles, wrongSumsFile } from './manifest.mts'
+import { commitSet, isSetName, listSets, newSetName, readBack, setFolder, stageSet, toDisk } from './sets.mts'
 import { readArchive } from './untar.mts'
 
 /** Writes the set to a file that only its owner can read. @throws Problem, with no file left */
@@ -46,12 +47,8 @@ export async function exportSet(site: Site, name: string, file: string): Promise
     for (const [one, { sha256 }] of Object.entries(files))
       if (found.get(`${name}/${one}`) !== sha256) throw damaged(site, name, one)
     for (const one of await wrongSumsFile(folder, files)) throw damaged(site, name, one)
-    const handle = await open(partial, 'r')
-    try {
-      await handle.sync()
-    } finally {
-      await handle.close()
-    }
+    await toDisk([partial])
+    await readArchiveBack(partial, found)
     // It never overwrites, as a rename would; disks without links have only that.
     await link(partial, file).catch((error: NodeJS.ErrnoException) => {
       if (error.code === 'EEXIST') throw error
@@ -61,6 +58,28 @@ export async function exportSet(site: Site, name: string, file: string): Promise
   } finally {
     await rm(partial, { force: true })
   }
+}
+
+/** @throws Error when the disk does not hold what was written to it */
+async function readArchiveBack(path: string, written: Map<string, string>): Promise<void> {
+  let bytes = 0
+  await alive(
+    () => `reading back, ${megabytes(bytes)}`,
+    () =>
+      readArchive(path, ({ name }) => {
+        const hash = createHash('sha256')
+        return {
+          write(part) {
+            hash.update(part)
+            bytes += part.length
+          },
+          end() {
+            if (hash.digest('hex') !== written.get(name))
+              throw new Error(`what was written reads back differently: ${name}`)
+          },
+        }
+      }),
+  )
 }
 
 function damaged(site: Site, name: string, file: string): Problem {
@@ -150,11 +169,7 @@ async function staged(
   const folder = await stageSet(site, name)
   try {
     await fill(folder)
-    const progress = { bytes: 0 }
-    const wrong = await alive(
-      () => `reading back, ${megabytes(progress.bytes)}`,
-      () => wrongSums(folder, progress),
-    )
+    const wrong = await readBack(folder)
     if (wrong.length > 0 && !accept.includes('damaged')) throw new Error(wrong.join('; '))
     await commitSet(site, name)
   } catch (error) {

@@ -19,16 +19,20 @@ export async function readVerified(site: Site): Promise<Verified[]> {
   return text.split('\n').flatMap((line) => parseTorn<Verified>(line))
 }
 
+/** A set is right or wrong, whether this can be written down or not; the next `verify` does it then. */
 export async function rememberVerified(site: Site, entry: Omit<Verified, 'at'>): Promise<void> {
-  await makeStateDir(site)
-  await writeSynced(file(site), 'a', `\n${JSON.stringify({ at: new Date().toISOString(), ...entry })}\n`)
+  const line = JSON.stringify({ at: new Date().toISOString(), ...entry })
+  try {
+    await makeStateDir(site)
+    await writeSynced(file(site), 'a', `\n${line}\n`)
+  } catch (error) {
+    warn(`what was seen of ${entry.set} could not be written down: ${explain(error)}`)
+  }
 }
 
-/** What a backup has read back. The set is there, whether this can be written down or not; `verify` does it then. */
+/** What a backup has read back. */
 export async function rememberProven(site: Site, set: string): Promise<void> {
-  await rememberVerified(site, { set, deep: false, wrong: [] }).catch((error: unknown) =>
-    warn(`that ${set} is right could not be written down: ${explain(error)}`),
-  )
+  await rememberVerified(site, { set, deep: false, wrong: [] })
 }
 
 function file(site: Site): string {

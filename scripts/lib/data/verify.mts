@@ -3,11 +3,11 @@ import { createHash } from 'node:crypto'
 import { join } from 'node:path'
 import { run } from '../command.mts'
 import { query } from '../compose.mts'
-import { exitCodes, interrupted, Problem } from '../report.mts'
+import { alive, detail, exitCodes, interrupted, Problem } from '../report.mts'
 import { composeCommand, type Site } from '../settings.mts'
 import { healthyPostgresql } from './backup.mts'
-import { databaseNeeds, needRoom, sparing } from './room.mts'
-import { createDatabase, scratch, serverVersionOf } from './databases.mts'
+import { databaseNeeds, megabytes, needRoom, sparing } from './room.mts'
+import { createDatabase, scratch, serverVersionOf, watchSize } from './databases.mts'
 import {
   missingIn,
   readManifest,
@@ -15,29 +15,31 @@ import {
   textOf,
   uploadLines,
   wrongSums,
+  type Manifest,
   type UploadLine,
 } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
-import { openSnapshot } from './snapshot.mts'
+import { openSnapshot, type Snapshot } from './snapshot.mts'
 import { readArchive } from './untar.mts'
 
 /** A dump of many gigabytes takes its time. */
 const timeoutMs = 12 * 3_600_000
 
 /**
+ * @param progress counts the bytes that were read, sums and contents
  * @returns what is wrong with the set, one sentence each
  * @throws Problem when there is a dump and PostgreSQL, whose own tool reads it, does not run
  */
-export async function verifySet(site: Site, name: string): Promise<string[]> {
+export async function verifySet(site: Site, name: string, progress = { bytes: 0 }): Promise<string[]> {
   const folder = setFolder(site, name)
-  const wrong = await wrongSums(folder)
+  const wrong = await wrongSums(folder, progress)
   if (wrong.length > 0) return wrong
   const { files } = await readManifest(folder)
   const postgresql = 'database.dump' in files ? await needPostgresql(site) : ''
   const reads: [string, (path: string) => Promise<unknown>][] = [
     ['database.dump', (path) => run(readDump(postgresql), { input: path, timeoutMs, signal: interrupted })],
-    ['uploads.tar', (path) => readUploads(path, join(folder, 'uploads.jsonl'))],
+    ['uploads.tar', (path) => readUploads(path, join(folder, 'uploads.jsonl'), progress)],
     ['config.tar', (path) => readArchive(path, () => undefined)],
   ]
   for (const [file, read] of reads) {
@@ -74,16 +76,25 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
   const create = createDatabase(scratch, 'postgres', manifest.database.settings, version)
   await run(query(postgresql, 'postgres', create))
   try {
+    detail('restoring the dump for a look')
     const input = join(folder, 'database.dump')
-    const failure = await sparing(postgres, postgres, (signal) =>
-      run(restoreDump(postgresql, scratch), { input, timeoutMs, signal }),
-    ).then(
-      () => undefined,
-      (error: Error) => error,
+    const size = watchSize(postgresql, scratch)
+    const failure = await alive(
+      () => `restoring ${name} for a look, ${megabytes(size.bytes)}`,
+      () =>
+        sparing(postgres, postgres, (signal) =>
+          run(restoreDump(postgresql, scratch), { input, timeoutMs, signal }),
+        ),
     )
+      .then(
+        () => undefined,
+        (error: Error) => error,
+      )
+      .finally(size.stop)
     interrupted.throwIfAborted()
     if (failure && !isDamage(failure)) throw failure
     if (failure) return [`database.dump cannot be restored: ${failure.message}`]
+    detail('comparing it with the manifest')
     const restored = await openSnapshot(postgresql, scratch, 'strapi-blue-green-verify')
     await restored.close()
     return [
@@ -91,6 +102,7 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
       ...(restored.schemaHash === manifest.schemaHash
         ? []
         : ['the schema is not the one that was backed up']),
+      ...differentStructure(manifest, restored),
       ...(manifest.uploads ? await missingUploads(folder, restored.uploads, missingIn(manifest)) : []),
     ]
   } finally {
@@ -104,6 +116,17 @@ export function differentRows(wanted: Record<string, number>, found: Record<stri
   return tables
     .filter((table) => wanted[table] !== found[table])
     .map((table) => `${table} has ${found[table] ?? 'no'} rows instead of ${wanted[table] ?? 'no'}`)
+}
+
+/** What a dump lost or made otherwise, one sentence each. Another major version may write its definitions otherwise. */
+function differentStructure({ database, versions }: Manifest, restored: Snapshot): string[] {
+  const isSameMajor = Number.parseInt(versions.postgresql ?? '') === Number.parseInt(restored.serverVersion)
+  const [wanted, found] = [database?.structure, restored.structure]
+  if (!wanted || !isSameMajor) return []
+  return [...new Set([...Object.keys(wanted), ...Object.keys(found)])]
+    .toSorted()
+    .filter((name) => wanted[name] !== found[name])
+    .map((name) => `${name} has other columns, indexes or constraints than the one that was backed up`)
 }
 
 /** Names that the database refers to and the archive does not hold, but for those that the set names itself. */
@@ -138,12 +161,15 @@ async function needPostgresql(site: Site): Promise<string> {
 }
 
 /** The list has the same files in the same order, so its text can be made again from what the archive holds. */
-async function readUploads(tarPath: string, listPath: string): Promise<void> {
+async function readUploads(tarPath: string, listPath: string, progress: { bytes: number }): Promise<void> {
   const list = createHash('sha256')
   await readArchive(tarPath, ({ name, sizeBytes }) => {
     const hash = createHash('sha256')
     return {
-      write: (part) => hash.update(part),
+      write(part) {
+        hash.update(part)
+        progress.bytes += part.length
+      },
       end() {
         const line: UploadLine = { name, sizeBytes, sha256: hash.digest('hex') }
         list.update(textOf(line))

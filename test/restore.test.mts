@@ -2,8 +2,9 @@
 import { execFileSync } from 'node:child_process'
 import { createHash, randomBytes } from 'node:crypto'
 import { existsSync } from 'node:fs'
-import { cp, mkdir, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { cp, mkdir, mkdtemp, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join, relative } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
@@ -17,7 +18,16 @@ import { ownFolder } from '../scripts/lib/data/untar.mts'
 import { filesBelow } from '../scripts/lib/data/uploads.mts'
 import { loadSite, projectRoot, type Site } from '../scripts/lib/settings.mts'
 import { logIn, registerAdmin, seePicture } from './admin.mts'
-import { mustSucceed, resultOf, settingOf, strapiSite, type Event, type TestSite } from './harness.mts'
+import {
+  damages,
+  expectUnseen,
+  mustSucceed,
+  resultOf,
+  secretsOf,
+  strapiSite,
+  type Event,
+  type TestSite,
+} from './harness.mts'
 
 let own: TestSite
 let site: Site
@@ -130,6 +140,28 @@ async function expectServed(): Promise<void> {
     expect((await fetch(`${own.url}${path}`)).status).toBe(200)
 }
 
+/** With -9, when an event has come, and so many milliseconds later. */
+async function killed(command: string[], at: (event: Event) => boolean, delayMs = 0): Promise<void> {
+  let wasReached = false
+  const { outcome } = own.begin('data', command, (event, child) => {
+    if (wasReached || !at(event)) return
+    wasReached = true
+    setTimeout(() => child.kill('SIGKILL'), delayMs)
+  })
+  await outcome
+  expect(wasReached).toBe(true)
+}
+
+const isSaid = (text: string) => (one: Event) => one.message.startsWith(text)
+
+/** Folder of the data below the mounted one. */
+async function dataFolder(): Promise<string> {
+  const mounted = (await engine.container(await postgresql()))?.Mounts.find(
+    ({ Source }) => Source === site.folders.postgres,
+  )
+  return relative(mounted?.Destination ?? '', await sql('SHOW data_directory'))
+}
+
 /** Whatever the test before did to it. */
 beforeEach(async () => {
   await expect.poll(async () => (await own.observe()).master.status, { timeout: 90_000 }).toBe('healthy')
@@ -165,6 +197,33 @@ describe('a restore', () => {
     expect(again.stderr).toContain('no restore to take back')
   })
 
+  test('and its undo show no secret', async () => {
+    const secrets = await secretsOf(own)
+    const spoilt = await spoil()
+    await expectUnseen(own, secrets, () => mustSucceed(own.run('data', 'restore', set, '--yes')))
+    expect(await state()).toEqual(saved)
+    await expectUnseen(own, secrets, () => mustSucceed(own.run('data', 'undo', '--yes')))
+    expect(await state()).toEqual(spoilt)
+  })
+
+  test('can be made by hand, with the commands of RECOVERY.md as they are printed', async () => {
+    await spoil()
+    const folder = setFolder(site, set)
+    const blocks = (await readFile(join(folder, 'RECOVERY.md'), 'utf8')).matchAll(/^```sh\n([^]*?)^```$/gm)
+    for (const [, commands = ''] of blocks)
+      await run(['sh', '-ec', commands], { cwd: folder, timeoutMs: 300_000 })
+    await rm('/tmp/config-of-the-set', { recursive: true })
+    const { uploads, ...database } = await state()
+    expect(uploads).toMatchObject(saved.uploads)
+    expect(database).toEqual({ properties: saved.properties, rows: saved.rows })
+    await expect.poll(async () => (await own.observe()).master.status, { timeout: 90_000 }).toBe('healthy')
+    await expectServed()
+    await sql(`DROP DATABASE "${site.database.name}_old"`, 'postgres')
+    // Surplus files stay then.
+    await mustSucceed(own.run('data', 'restore', set, '--only', 'uploads', '--yes'))
+    expect(await state()).toEqual(saved)
+  })
+
   test('of uploads alone leaves the database as it is', async () => {
     const spoilt = await spoil()
     await mustSucceed(own.run('data', 'restore', set, '--only', 'uploads', '--yes'))
@@ -181,20 +240,60 @@ describe('a restore', () => {
     await expectNothingHalfMade()
   })
 
-  test('that Strapi cannot serve is taken back by itself', async () => {
-    const current = await state()
-    await sql('ALTER TABLE admin_users RENAME TO lost')
-    const bad = await makeSet()
-    await sql('ALTER TABLE lost RENAME TO admin_users')
-    await rm(join(site.folders.uploads, 'picture_1.png'))
-    const outcome = await own.run('data', 'restore', bad, '--yes')
-    expect(outcome.code).toBe(1)
-    expect(outcome.stderr).toContain('it was taken back: visitors are served as before')
-    const { ['picture_1.png']: lost, ...uploads } = current.uploads
-    expect(lost).toBeDefined()
-    expect(await state()).toEqual({ ...current, uploads })
+  test('works when the live database is corrupt, so that nobody can connect to it', async () => {
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    const file = join(
+      site.folders.postgres,
+      await dataFolder(),
+      await sql("SELECT pg_relation_filepath('pg_attribute')"),
+    )
+    const server = await postgresql()
+    await run(['docker', 'stop', server])
+    await writeFile(file, randomBytes((await stat(file)).size))
+    await run(['docker', 'start', server])
+    await expect.poll(() => healthyPostgresql(site), { timeout: 60_000 }).toBeDefined()
+    await expect(sql('SELECT count(*) FROM pings')).rejects.toThrow(/invalid page|could not|FATAL|ERROR/)
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    expect(await state()).toEqual(saved)
     await expectServed()
     await expectNothingHalfMade()
+    await mustSucceed(own.run('data', 'backup', '--only', 'database'))
+  })
+
+  describe('that Strapi cannot serve', () => {
+    let bad = ''
+    beforeAll(async () => {
+      await sql('ALTER TABLE admin_users RENAME TO lost')
+      bad = await makeSet()
+      await sql('ALTER TABLE lost RENAME TO admin_users')
+    })
+
+    test('is taken back by itself', async () => {
+      const current = await state()
+      await rm(join(site.folders.uploads, 'picture_1.png'))
+      const outcome = await own.run('data', 'restore', bad, '--yes')
+      expect(outcome.code).toBe(1)
+      expect(outcome.stderr).toContain('it was taken back: visitors are served as before')
+      const { ['picture_1.png']: lost, ...uploads } = current.uploads
+      expect(lost).toBeDefined()
+      expect(await state()).toEqual({ ...current, uploads })
+      await expectServed()
+      await expectNothingHalfMade()
+    })
+
+    test.each([
+      ['putting replaced', 0],
+      ['swapping the databases', 0],
+      ['swapping the databases', 160],
+      ['taking out the uploads', 0],
+    ])('is taken back by the next run when it is killed while at "%s" (+ %i ms)', async (point, delayMs) => {
+      const spoilt = await spoil()
+      await killed(['restore', bad, '--yes'], isSaid(point), delayMs)
+      await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      expect(await state()).toEqual(spoilt)
+      await expectServed()
+      await expectNothingHalfMade()
+    })
   })
 
   test.each([
@@ -398,7 +497,7 @@ describe('a set that does not fit', () => {
     await writeManifest(setFolder(site, copy), { ...manifest, ...fields(manifest) })
   }
 
-  test.each([
+  const setFiles = [
     'database.dump',
     'roles.sql',
     'uploads.tar',
@@ -407,13 +506,29 @@ describe('a set that does not fit', () => {
     'manifest.json',
     'SHA256SUMS',
     'RECOVERY.md',
-  ])('because %s has one other bit is refused before anything is touched', async (file) => {
-    const path = join(setFolder(site, copy), file)
-    const content = await readFile(path)
-    const at = Math.floor(content.length / 2)
-    content[at] = (content[at] ?? 0) ^ 1
-    await writeFile(path, content)
-    expect(await refused()).toMatch(/nothing was changed/)
+  ]
+  test.each(setFiles)(
+    'because %s has another bit, was cut, made longer, deleted or swapped is refused before anything is touched',
+    async (file) => {
+      const current = await state()
+      const folder = setFolder(site, copy)
+      for (const damage of damages(file, setFiles[(setFiles.indexOf(file) + 1) % setFiles.length] ?? '')) {
+        await rm(folder, { recursive: true })
+        await cp(setFolder(site, set), folder, { recursive: true })
+        await run(['chmod', '-R', 'u+w', folder])
+        await damage(folder)
+        const outcome = await own.run('data', 'restore', copy, '--yes')
+        expect(outcome.code, outcome.stdout).toBe(1)
+        expect(outcome.stderr).toContain('nothing was changed')
+      }
+      expect(await state()).toEqual(current)
+      await expectNothingHalfMade()
+    },
+  )
+
+  test('because a file was added to it is refused', async () => {
+    await writeFile(join(setFolder(site, copy), 'more.txt'), '')
+    expect(await refused()).toContain('more.txt does not belong to the set')
   })
 
   const misfits: [string, string, (manifest: Manifest) => Partial<Manifest>][] = [
@@ -478,21 +593,9 @@ describe('a set that does not fit', () => {
 })
 
 describe('killed with -9', () => {
-  /** When an event has come, and so many milliseconds later. */
-  async function killed(command: string[], at: (event: Event) => boolean, delayMs = 0): Promise<void> {
-    let wasReached = false
-    const { outcome } = own.begin('data', command, (event, child) => {
-      if (wasReached || !at(event)) return
-      wasReached = true
-      setTimeout(() => child.kill('SIGKILL'), delayMs)
-    })
-    await outcome
-    expect(wasReached).toBe(true)
-  }
   const begins = (step: string) => (one: Event) => one.event === 'step' && one.step === step
   const ends = (step: string) => (one: Event) => one.event === 'step-done' && one.step === step
   const when = { begins, ends }
-  const says = (text: string) => (one: Event) => one.message.startsWith(text)
 
   /** A killed one may just have come to its end. */
   async function undoUnlessDone(): Promise<void> {
@@ -506,6 +609,8 @@ describe('killed with -9', () => {
     ['1/6', 'begins', 0],
     ['2/6', 'begins', 0],
     ['2/6', 'begins', 600],
+    ['3/6', 'begins', 60],
+    ['3/6', 'begins', 150],
     ['3/6', 'ends', 0],
     ['4/6', 'ends', 0],
     ['5/6', 'begins', 0],
@@ -515,6 +620,8 @@ describe('killed with -9', () => {
   ] as const)(
     'when %s %s (+ %i ms), a restore leaves the old or the new state',
     async (step, moment, delayMs) => {
+      // Much to unpack.
+      if (step === '3/6') await run(['sh', '-c', 'rm picture_*'], { cwd: site.folders.uploads })
       const spoilt = await spoil()
       await killed(['restore', set, '--yes'], when[moment](step), delayMs)
       // Whichever command comes next.
@@ -545,7 +652,7 @@ describe('killed with -9', () => {
       await mustSucceed(own.run('data', 'restore', set, '--only', 'database', '--yes'))
       await sql('DELETE FROM pings')
       await mustSucceed(own.run('data', 'restore', set, '--only', 'database', '--yes'))
-      await killed(['undo', '--yes'], says(point), delayMs)
+      await killed(['undo', '--yes'], isSaid(point), delayMs)
       await undoUnlessDone()
       expect(await sql('SELECT count(*) FROM pings')).toBe('0')
       await mustSucceed(own.run('data', 'undo', '--yes'))
@@ -609,7 +716,7 @@ describe('killed with -9', () => {
     async (point, delayMs) => {
       const spoilt = await spoil()
       await mustSucceed(own.run('data', 'restore', set, '--yes'))
-      await killed(['undo', '--yes'], says(point), delayMs)
+      await killed(['undo', '--yes'], isSaid(point), delayMs)
       await undoUnlessDone()
       expect(await state()).toEqual(spoilt)
       await expectServed()
@@ -623,47 +730,61 @@ describe('a lost server', () => {
     await mustSucceed(own.run('data', 'restore', set, '--yes'))
     const file = join(own.folder, 'exported.tar')
     await mustSucceed(own.run('data', 'export', set, file))
-    const passwords = await settingOf(own, 'POSTGRES_PASSWORD')
+    const lostSecrets = await secretsOf(own)
 
     await run(compose(site, '--profile', '*', 'down', '--volumes', '--timeout', '5'))
-    const bare = ['.env', 'strapi/.env', 'uploads', 'postgresql', 'backups', 'traffic', '.state']
-    for (const name of bare) await rm(join(own.folder, name), { recursive: true, force: true })
-    await run(['tar', '-xf', file, '-C', own.folder])
+    // Elsewhere: the application, as from its repository, and the exported set. Here: nginx.
+    const elsewhere = await mkdtemp(join(tmpdir(), `${own.project}-elsewhere-`))
+    await rename(file, join(elsewhere, 'exported.tar'))
+    await rm(join(site.source, '.env'))
+    await cp(site.source, join(elsewhere, 'strapi'), { recursive: true })
+    for (const name of await readdir(own.folder))
+      if (name !== 'nginx') await rm(join(own.folder, name), { recursive: true })
+    await rm(site.nginx.confFile)
+    await rename(join(elsewhere, 'strapi'), site.source)
+    await run(['tar', '-xf', join(elsewhere, 'exported.tar'), '-C', elsewhere])
+    const folder = join(elsewhere, set)
 
-    await writeFile(own.envFile, '')
     // Somebody else's secrets are there, and shall stay.
     const secrets = join(site.source, '.env')
     await writeFile(secrets, 'APP_KEYS=another,key\n')
-    const refused = await own.run(
-      'data',
-      'restore',
-      '--new-host',
-      join(own.folder, set),
-      '--yes',
-      '--keep-settings',
-    )
+    const newHost = ['restore', '--new-host', folder, '--yes']
+    const refused = await own.run('data', ...newHost, '--keep-settings')
     expect(refused.code).toBe(2)
     expect(refused.stderr).toContain('--accept other-secrets')
-    expect([await readFile(own.envFile, 'utf8'), await readFile(secrets, 'utf8')]).toEqual([
-      '',
+    expect([existsSync(own.envFile), await readFile(secrets, 'utf8')]).toEqual([
+      false,
       'APP_KEYS=another,key\n',
     ])
     await rm(secrets)
-    const outcome = await mustSucceed(
-      own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'),
-    )
+    // A disk that is too small for the set, and one that has no place for all of its files.
+    await mkdir(site.folders.backups)
+    for (const [size, says] of [
+      ['size=1m', 'the set needs about'],
+      ['nr_inodes=6', 'no space left on device'],
+    ]) {
+      await run(['mount', '-t', 'tmpfs', '-o', size ?? '', 'tmpfs', site.folders.backups])
+      const full = await own.run('data', ...newHost)
+      expect(full.code).not.toBe(0)
+      expect(full.stderr).toContain(says)
+      expect(
+        await readdir(site.folders.backups).then((names) => names.filter((one) => one !== '.incoming')),
+      ).toEqual([])
+      await run(['umount', site.folders.backups])
+    }
+    const outcome = await expectUnseen(own, lostSecrets, () => mustSucceed(own.run('data', ...newHost)))
     expect(outcome.stdout).toMatch(/Now: .*setup.*\nThen: .*deploy.*\n.*schedule/)
     // Twice is as good as once.
-    await mustSucceed(own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes'))
-    expect(await settingOf(own, 'POSTGRES_PASSWORD')).toBe(passwords)
-    expect(outcome.stdout).not.toContain(passwords)
+    await mustSucceed(own.run('data', ...newHost))
+    expect(await secretsOf(own)).toEqual(lostSecrets)
     expect(await state()).toEqual(saved)
     await mustSucceed(own.run('setup'))
     await mustSucceed(own.run('deploy'))
     await logIn(own.url)
     await expectServed()
     expect((await fetch(`${own.url}${picture.url}`)).status).toBe(200)
-    const live = await own.run('data', 'restore', '--new-host', join(own.folder, set), '--yes')
+    const live = await own.run('data', ...newHost)
+    await rm(elsewhere, { recursive: true })
     expect(live.code).toBe(2)
     expect(live.stderr).toContain('runs the site already')
   })
@@ -678,7 +799,7 @@ describe('a lost server', () => {
       envFile,
       'restore',
       '--new-host',
-      join(own.folder, set),
+      setFolder(site, set),
     ]
     const failure = await run([process.execPath, ...argv, '--yes']).catch((error: Error) => error.message)
     await rename(`${site.source}.away`, site.source)

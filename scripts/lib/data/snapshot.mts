@@ -51,7 +51,7 @@ const structure = `WITH relations AS (
     UNION ALL SELECT tgrelid, format('trigger %I %s', tgname, tgenabled) FROM pg_trigger WHERE NOT tgisinternal
   )
   SELECT json_build_array(name, md5(concat_ws(E'\\n', relkind, string_agg(part, E'\\n' ORDER BY part COLLATE "C"))))
-    FROM relations LEFT JOIN parts USING (oid) GROUP BY oid, name, relkind ORDER BY 1;`
+    FROM relations LEFT JOIN parts USING (oid) GROUP BY oid, name, relkind ORDER BY name;`
 
 // As JSON, because the column of the locale has another name in almost every version.
 const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,

@@ -43,7 +43,9 @@ export async function tinyLegacy(port: number, settings: Record<string, string> 
   )
   try {
     await start(legacy)
-    await legacy.sql(`CREATE TABLE things (id serial PRIMARY KEY, name text);
+    await legacy.sql(`CREATE TABLE dated (id serial PRIMARY KEY, created_at timestamp, updated_at timestamp);
+      INSERT INTO dated (created_at, updated_at) SELECT '2026-01-01', '2026-01-01' FROM generate_series(1, 3);
+      CREATE TABLE things (id serial PRIMARY KEY, name text);
       INSERT INTO things (name) SELECT 'thing ' || n FROM generate_series(1, 500) AS n;
       CREATE TABLE strapi_api_tokens (id serial PRIMARY KEY, name text, description text, type text, access_key text,
         expires_at timestamp, created_at timestamp, updated_at timestamp);

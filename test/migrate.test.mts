@@ -43,6 +43,7 @@ describe('before anything is changed', () => {
       'legacy.conf',
       'REDIS_PASSWORD: (empty) -> ********',
       'would build',
+      'expected outage: about 14 s, with 10 s for Strapi to start, since its log does not tell; ',
     ])
       expect(stdout).toContain(part)
     const password = (await readFile(join((await volumeFolder()) ?? '', 'redis_password.txt'), 'utf8')).trim()
@@ -293,9 +294,15 @@ describe('a migration', () => {
     await expectMigrated(legacy)
     expect(await legacy.sql(allRows, true)).toBe(rows)
     expect(await readText(join(legacy.folder, '../data/postgresql/PG_VERSION'))).toMatch(/^17/)
-    await legacy.sql(`INSERT INTO things (name) VALUES ('left behind')`, true)
+    await legacy.sql(
+      `INSERT INTO things (name) VALUES ('left behind'); UPDATE dated SET updated_at = now() + interval '1 s' WHERE id = 1;
+      DELETE FROM dated WHERE id = 2`,
+      true,
+    )
     const outcome = await mustSucceed(legacy.migrate('--rollback', '--yes'))
-    expect(outcome.stdout).toMatch(/1 rows more in public\.things.*left behind, in a backup set/)
+    expect(outcome.stdout).toMatch(
+      /1 rows fewer in public\.dated, 1 changed in public\.dated, 1 rows more in public\.things.*left behind, in a backup set/,
+    )
     await expectLegacy(legacy)
     expect(await legacy.sql(allRows)).toBe(rows)
   })

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { parseSorting, reasonToDump, type Sorting } from '../../scripts/lib/legacy/database.mts'
+import { parseLaunch } from '../../scripts/lib/legacy/outage.mts'
 import { readNginx, restoreNginx } from '../../scripts/lib/legacy/nginx.mts'
 import { differences } from '../../scripts/lib/legacy/settings.mts'
 import { copyUploads, differingUploads, uploadProblems } from '../../scripts/lib/legacy/uploads.mts'
@@ -126,6 +127,27 @@ describe('the nginx files of a legacy site', () => {
         .files,
     ).toEqual([])
   })
+})
+
+test.each([
+  ['│ Launched in        │ 9100 ms   │\nbuilt again\n│ Launched in        │ 2345 ms   │\n', 2345],
+  ['Server listening', undefined],
+])('how long Strapi takes to start is told by its log: %j', (log, expected) => {
+  expect(parseLaunch(log)).toBe(expected)
+})
+
+test('a way back leaves no second copy of the legacy file', async () => {
+  const site = await siteWith({ NGINX_COMMAND: 'true' })
+  site.nginx.confFile = join(await newFolder(), 'bob.conf')
+  const kept = join(site.stateDir, 'legacy-nginx')
+  await mkdir(kept, { recursive: true })
+  const legacyText = 'server { listen 80; }'
+  await writeFile(join(kept, encodeURIComponent(site.nginx.confFile)), legacyText)
+  await writeFile(`${site.nginx.confFile}.previous`, legacyText)
+  await writeFile(site.nginx.confFile, `server { listen ${site.nginx.control}; }`)
+  await restoreNginx(site)
+  expect(await readFile(site.nginx.confFile, 'utf8')).toBe(legacyText)
+  expect(existsSync(`${site.nginx.confFile}.previous`)).toBe(false)
 })
 
 test('a way back that finds nothing kept leaves the file that is still the legacy one', async () => {

@@ -21,13 +21,14 @@ import {
   writePlan,
   type Plan,
   type PlanLine,
+  type Scope,
 } from './plan.mts'
 import { readArchive, type ArchivedFile, type Sink } from './untar.mts'
 
 /** Unpacks what the plan needs beside the live files, and writes the plan down. Without one there is nothing to unpack. */
 export async function begin(
   site: Site,
-  { id, withDatabase }: { id: string; withDatabase: boolean },
+  { id, ...scope }: { id: string } & Omit<Scope, 'withUploads'>,
   plan: Plan | undefined,
   tarPath: string,
 ): Promise<void> {
@@ -36,7 +37,7 @@ export async function begin(
   await mkdir(folder, { recursive: true, mode: 0o755 })
   for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name), { mode: 0o700 })
   const lines = plan ? await unpackPlan(folder, plan, tarPath) : []
-  await writePlan(site, id, { withDatabase, withUploads: plan !== undefined }, lines)
+  await writePlan(site, id, { ...scope, withUploads: plan !== undefined }, lines)
 }
 
 async function unpackPlan(

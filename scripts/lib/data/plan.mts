@@ -30,6 +30,8 @@ export interface Scope {
   /** Whether the database was restored with it: then its swap decides which way an interrupted one goes. */
   withDatabase: boolean
   withUploads: boolean
+  /** Visitors were served before, so they have to be with what it brings: otherwise it is taken back. */
+  mustServe?: boolean
 }
 
 export interface PlanLine {

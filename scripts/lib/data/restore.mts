@@ -9,7 +9,6 @@ import { logTail } from '../actions.mts'
 import { agree } from '../agree.mts'
 import { ask } from '../command.mts'
 import { setRestart } from '../compose.mts'
-import { smoke } from '../health.mts'
 import { describeFigures, startProof } from '../proof.mts'
 import {
   addToResult,
@@ -19,14 +18,12 @@ import {
   explain,
   interrupted,
   isDryRun,
-  pause,
   Problem,
   say,
   step,
   warn,
 } from '../report.mts'
-import { composeCommand, scriptCommand, type Site, type SlotName } from '../settings.mts'
-import { observe } from '../slots.mts'
+import { composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { flagged } from '../traffic.mts'
 import { incoming, keptName, readDatabases, restoredComment, swap } from './databases.mts'
 import * as exchange from './exchange.mts'
@@ -37,12 +34,10 @@ import { loadDump } from './load.mts'
 import { missingIn } from './manifest.mts'
 import * as tools from './postgresql.mts'
 import { megabytes } from './room.mts'
+import { failureToServe, isOff } from './serving.mts'
 import { openSnapshot } from './snapshot.mts'
 import { forgetTakenBack, mendRestore, takeBack } from './undo.mts'
 import { differentRows } from './verify.mts'
-
-/** For a slot that runs to serve again after the swap. */
-const patienceMs = 15_000
 
 export async function restoreSet(site: Site, request: Request): Promise<void> {
   const job = await step('1/6', `Read ${request.set}, see that it fits this site`, () =>
@@ -143,11 +138,12 @@ function total(rows: Record<string, number>): string {
 /** Also without uploads: what is written down lets the next run finish this one. */
 async function writeDown(job: Job): Promise<void> {
   const { site, id, folder, manifest, withDatabase } = job
+  const mustServe = job.wasServing && job.databases.live !== undefined && !job.accept.includes('other-schema')
   // Visitors went on while the dump was restored.
   if (job.uploads) job.uploads = await plans.planExchange(site, folder, missingIn(manifest))
   await alive(
     () => (job.uploads ? `unpacking ${megabytes(plans.bytesOf(job.uploads))}` : ''),
-    () => exchange.begin(site, { id, withDatabase }, job.uploads, join(folder, 'uploads.tar')),
+    () => exchange.begin(site, { id, withDatabase, mustServe }, job.uploads, join(folder, 'uploads.tar')),
   )
 }
 
@@ -176,7 +172,8 @@ async function stillServed(job: Job): Promise<void> {
   const { site } = job
   const slot = flagged(site)
   if (job.isNewHost) return detail('no Strapi runs on this host yet: visitors are served after the deploy')
-  const failure = await failureToServe(job, slot)
+  const failure =
+    !job.wasServing && (await isOff(site)) ? new Error(`${slot} is off`) : await failureToServe(site)
   if (failure === undefined) return
   // As before; to take it back would change nothing for visitors.
   if (!job.wasServing) {
@@ -199,31 +196,6 @@ async function stillServed(job: Job): Promise<void> {
     `Look at: ${composeCommand(site, `logs ${slot}`)}`,
     failure,
   )
-}
-
-/** Gives it time to find out that its connections are gone, and to boot when that was too much for it. */
-async function failureToServe({ site, wasServing }: Job, slot: SlotName): Promise<unknown> {
-  const startedAt = Date.now()
-  let bootedAt = startedAt
-  for (;;) {
-    try {
-      const { master, slave } = await observe(site)
-      const { status } = slot === 'strapi-slave' ? slave : master
-      if (status === 'booting') bootedAt = Date.now()
-      const isOff = status === 'absent' || status === 'stopped'
-      if (isOff && !wasServing) return new Error(`${slot} is ${status}`)
-      if (status !== 'healthy' && status !== 'unhealthy') throw new Error(`${slot} is ${status}`)
-      await smoke(site, slot)
-      // The engine's probe, a process of its own every few seconds, is the first that a busy machine starves.
-      if (status === 'unhealthy')
-        warn(`${slot} answers, but the engine calls it unhealthy: is it overloaded?`)
-      return undefined
-    } catch (failure) {
-      const isTooLate = Date.now() - startedAt > site.health.timeoutMs
-      if (isTooLate || Date.now() - bootedAt > patienceMs) return failure
-    }
-    await pause(200)
-  }
 }
 
 /** Nothing was changed, or all was taken back, or the new state is live, or nobody knows yet. */

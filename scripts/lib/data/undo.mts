@@ -27,6 +27,7 @@ import { observe } from '../slots.mts'
 import { flagged } from '../traffic.mts'
 import { healthyPostgresql, startingPostgresql } from './backup.mts'
 import { megabytes } from './room.mts'
+import { failureToServe, isOff } from './serving.mts'
 import { setFolder } from './sets.mts'
 import { incoming, keptName, readDatabases, scratch, swap, type Databases } from './databases.mts'
 import * as exchange from './exchange.mts'
@@ -158,7 +159,7 @@ export interface Mended {
   takenBack?: string
 }
 
-/** Ends what a killed restore or undo left: back before the swap, forward after it; uploads alone go back. */
+/** Ends what a killed restore or undo left: back before the swap, forward after it if visitors are served; uploads alone go back. */
 export async function mendRestore(site: Site): Promise<Mended> {
   const exchanges = await plans.pendingExchanges(site)
   if (exchanges.length > 0 && process.getuid?.() !== 0)
@@ -229,6 +230,15 @@ async function mendExchange(
       warn(`what editors changed during restore ${id} stays so: ${explain(error)}`)
     })
     await exchange.putIncoming(site, id)
+    const failure =
+      (await plans.scopeOf(site, id)).mustServe && !(await isOff(site))
+        ? await failureToServe(site)
+        : undefined
+    if (failure !== undefined) {
+      warn(`restore ${id} was interrupted, and visitors are not served with it: ${explain(failure)}`)
+      await takeBack(site, id, postgresql)
+      return { did: `restore ${id}: taken back`, isBack: true }
+    }
     await exchange.takeSurplus(site, id)
     return { did: `restore ${id}: finished`, isBack: false }
   }

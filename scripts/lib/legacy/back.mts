@@ -2,6 +2,7 @@
 import { existsSync, realpathSync } from 'node:fs'
 import { join, relative, resolve } from 'node:path'
 import { ask, run } from '../command.mts'
+import { query } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { makeBackup, startingPostgresql } from '../data/backup.mts'
 import { listed } from '../data/fitness.mts'
@@ -14,7 +15,7 @@ import { readSchema } from '../schema.mts'
 import { composeCommand, projectRoot, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { bringBack, bringFilesBack, runningServices } from './containers.mts'
-import { note, notes } from './journal.mts'
+import { note, notes, type Note } from './journal.mts'
 import { inStartOrder, nameOf } from './look.mts'
 import { wasStarted, type Migration } from './migration.mts'
 import { goBack } from './goback.mts'
@@ -27,13 +28,13 @@ export async function describeRollback(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   if (stage === 'legacy')
     return detail('the legacy set-up is in service; what was prepared beside it is removed')
-  const { rows } = await notes(site)
+  const noted = await notes(site)
   const postgresql = await startingPostgresql(site)
   // A killed switch may have left it without that database, or without our role.
   const more =
     postgresql === undefined
       ? undefined
-      : await newRows(postgresql, site.database.name, rows ?? {}).catch(() => undefined)
+      : await newRows(postgresql, site.database.name, noted).catch(() => undefined)
   const uploads = existsSync(site.folders.uploads)
     ? await differingUploads(legacy.uploads, site.folders.uploads)
     : []
@@ -43,7 +44,7 @@ export async function describeRollback(migration: Migration): Promise<void> {
   const rowsSaid =
     more === undefined
       ? 'rows are not known, PostgreSQL does not tell'
-      : more.join(', ') || 'no table has more rows'
+      : more.join(', ') || 'no table has other rows'
   detail(`since the switch: ${rowsSaid}; ${uploads.length} uploads are new or differ; ${fate}`)
   if (uploads.length > 0) detail(`uploads:${listed(uploads)}`)
   detail(
@@ -52,17 +53,40 @@ export async function describeRollback(migration: Migration): Promise<void> {
   addToResult({ newRows: more, newUploads: uploads.length })
 }
 
-async function newRows(
-  postgresql: string,
-  database: string,
-  before: Record<string, number>,
-): Promise<string[]> {
+/** What was added, changed and removed, one phrase a table. Strapi itself writes down when it changed a row. */
+async function newRows(postgresql: string, database: string, noted: Partial<Note>): Promise<string[]> {
   const now = await openSnapshot(postgresql, database)
   await now.close()
-  return Object.entries(now.rows)
-    .map(([table, count]): [string, number] => [table, count - (before[table] ?? 0)])
-    .filter(([, more]) => more > 0)
-    .map(([table, more]) => `${more} rows more in ${table}`)
+  const before = noted.rows ?? {}
+  const changed = await changedRows(postgresql, database, noted.switchedAt)
+  const tables = new Set([...Object.keys(before), ...Object.keys(now.rows)])
+  return [...tables].toSorted().flatMap((table) => {
+    const more = (now.rows[table] ?? 0) - (before[table] ?? 0)
+    return [
+      ...(more > 0 ? [`${more} rows more in ${table}`] : []),
+      ...(more < 0 ? [`${-more} rows fewer in ${table}`] : []),
+      ...(changed.has(table) ? [`${changed.get(table)} changed in ${table}`] : []),
+    ]
+  })
+}
+
+async function changedRows(
+  postgresql: string,
+  database: string,
+  since: string | undefined,
+): Promise<Map<string, number>> {
+  if (since === undefined) return new Map()
+  const tables = `SELECT format('SELECT json_build_array(%L::text, count(*)) FROM %I.%I WHERE updated_at >= %L AND created_at < %L',
+      table_schema || '.' || table_name, table_schema, table_name, '${since}', '${since}')
+    FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+    WHERE table_type = 'BASE TABLE' AND column_name IN ('created_at', 'updated_at') AND data_type LIKE 'timestamp%'
+    GROUP BY table_schema, table_name HAVING count(*) = 2`
+  const questions = (await run(query(postgresql, database, tables))).trim()
+  if (questions === '') return new Map()
+  // Strapi keeps UTC in columns without a time zone; a format of several lines would be several questions.
+  const counts = await run(query(postgresql, database, questions.split('\n').join(' UNION ALL ')))
+  const rows = counts.trim().split('\n')
+  return new Map(rows.map((line) => JSON.parse(line) as [string, number]).filter(([, count]) => count > 0))
 }
 
 /** The legacy Strapi, booted on a newer schema, drops what it does not know. @throws Problem (usage) */

@@ -10,6 +10,8 @@ export interface Note {
   backup?: string
   /** Rows of each table when the legacy Strapi had stopped; null until then. */
   rows?: Record<string, number> | null
+  /** When the legacy Strapi was told to stop, as an ISO time. */
+  switchedAt?: string
   /** The new PostgreSQL had as many, before Strapi started. */
   areRowsSame?: boolean
   /** Milliseconds from the stop of the legacy Strapi until the new one was healthy. */

@@ -17,6 +17,7 @@ import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
 import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy } from './look.mts'
 import { legacyNginx, type LegacyNginx } from './nginx.mts'
+import { expectedOutage } from './outage.mts'
 import { planSettings, type Settings } from './settings.mts'
 import { uploadProblems } from './uploads.mts'
 
@@ -45,7 +46,7 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   const noted = await notes({ stateDir: resolve(envFile, '../.state') })
   const legacy = await look(folder, leave, noted)
   if (Array.isArray(legacy)) {
-    if (!noted.final) throw refusal(folder, legacy)
+    if (!noted.final) throw refusal(folder, [...legacy, ...(await softwareProblems())])
     throw new Problem(
       exitCodes.usage,
       `the migration was ended for good on ${noted.at?.slice(0, 10)}`,
@@ -96,6 +97,8 @@ export async function describe({ legacy, nginx, site, stage, settings }: Migrati
   const uploads = await folderBytes(legacy.uploads)
   const { database } = legacy
   const { backups, uploads: target, postgres } = site.folders
+  const { outageMs, withMoveMs, launchMs } = await expectedOutage(legacy)
+  const seconds = (ms: number) => `${Math.ceil(ms / 1000)} s`
   const free = async (folder: string) => megabytes(await freeBytes(await nearestFolder(folder)))
   detail(
     [
@@ -105,7 +108,7 @@ export async function describe({ legacy, nginx, site, stage, settings }: Migrati
       `nginx ${nginx.files.join(', ') || 'passes nobody to it by a file of its own'}`,
       `new: project ${site.project}, application ${site.source}, uploads ${site.folders.uploads}`,
       `free: ${await free(backups)} for the backup set, ${await free(target)} for uploads, ${await free(postgres)} for the database`,
-      'expected outage: what PostgreSQL, Redis and one Strapi take to start, seconds; with another PostgreSQL also its dump and restore',
+      `expected outage: about ${seconds(outageMs)}, with ${launchMs === undefined ? '10 s for Strapi to start, since its log does not tell' : `${seconds(launchMs)} for Strapi to start, as its log tells`}; ${seconds(withMoveMs)} where the database cannot stay as it is`,
     ].join('\n'),
   )
   if (stage === 'legacy' && nginx.lost.length > 0)
@@ -116,6 +119,7 @@ export async function describe({ legacy, nginx, site, stage, settings }: Migrati
     )
   addToResult({
     legacy: { project: legacy.project, uploadsBytes: uploads, databaseBytes: database.live?.bytes },
+    expectedOutageMs: outageMs,
   })
 }
 
@@ -188,12 +192,16 @@ async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> 
         `port ${address} (${key}) is taken`,
         `ss -ltnp 'sport = :${address.split(':').at(-1)}'   shows by whom`,
       )
-  for (const missing of await missingSoftware()) add(`${missing.name} is missing`, missing.fix)
+  problems.push(...(await softwareProblems()))
   const obstacle = await isInstallable(site)
   if (obstacle) add(obstacle, 'nginx is the way of the visitors: it must be there before.')
   const short = await roomProblem(legacy, site)
   if (short) add(short, 'Make room, or choose other folders.')
   return problems
+}
+
+async function softwareProblems(): Promise<Finding[]> {
+  return (await missingSoftware()).map(({ name, fix }) => ({ problem: `${name} is missing`, fix }))
 }
 
 /** Those that nobody may hold, but the legacy Strapi its own. */

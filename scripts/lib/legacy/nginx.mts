@@ -185,6 +185,10 @@ export async function restoreNginx(site: Site): Promise<void> {
     await rm(paths[at] ?? '', { force: true })
     await run(['cp', '--archive', '--no-target-directory', join(keptFolder(site), name), paths[at] ?? ''])
   }
+  const previous = `${confFile}.previous`
+  // What the installation has kept of a legacy file with the name of ours is that file again.
+  const isBack = paths.includes(confFile) && (await readText(previous)) === (await readText(confFile))
+  if (isBack) await rm(previous)
   await run([...site.nginx.command, '-t'])
   await run([...site.nginx.command, '-s', 'reload'])
   await rm(keptFolder(site), { recursive: true, force: true })

@@ -92,6 +92,7 @@ async function noteService({ site, legacy }: Migration): Promise<void> {
     policies,
     dataOwner: `${uid}:${gid}`,
     rows: null,
+    switchedAt: new Date().toISOString(),
     areRowsSame: false,
     restoredSet: '',
     hasServed: false,

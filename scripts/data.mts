@@ -273,9 +273,10 @@ async function prune(site: Site, { waitMs }: Wish): Promise<void> {
         report.detail(`removed ${name}`)
       })
     }
-    await removeOldRestores(site, new Date())
     const alarm = alarmOf(looked, new Date())
-    if (alarm)
+    // What a restore has replaced may be the last that is good.
+    if (!alarm) await removeOldRestores(site, new Date())
+    else
       throw new Problem(
         exitCodes.degraded,
         alarm,

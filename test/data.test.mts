@@ -2,6 +2,7 @@
 import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import {
   chmod,
   cp,
@@ -11,6 +12,7 @@ import {
   rename,
   rm,
   stat,
+  symlink,
   truncate,
   unlink,
   writeFile,
@@ -298,6 +300,22 @@ describe('a backup that cannot be made', () => {
     },
   )
 
+  test('because it is killed while pg_dump runs has that ended by the next run', async () => {
+    const { outcome } = own.begin('data', ['backup'], ({ message }, child) => {
+      if (message === 'taking a snapshot of the database')
+        // Granted when the snapshot is let go; until then pg_dump waits behind it.
+        void sql('BEGIN; LOCK TABLE pings IN ACCESS EXCLUSIVE MODE; COMMIT').catch(() => undefined)
+      if (message === 'dumping database.dump') setTimeout(() => child.kill('SIGKILL'), 1500)
+    })
+    expect((await outcome).code).toBe(null)
+    const dumping =
+      "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LOCK TABLE%' AND application_name LIKE '%backup'"
+    expect(await sql(dumping)).toBe('1')
+    await makeSet('--only', 'database')
+    expect(await sql(dumping)).toBe('0')
+    await expectNothingHalfMade()
+  })
+
   test.each([
     [
       'because the disk is too small writes nothing and says what is needed',
@@ -473,7 +491,8 @@ describe('a set that was damaged', () => {
   test('in its schema alone is found with --deep', async () => {
     const said = await verifyDamaged(async (folder) => {
       const manifest = await readManifest(folder)
-      const structure = { ...manifest.database?.structure, 'public.pings': 'other' }
+      const { format = 0, digests = {} } = manifest.database?.structure ?? {}
+      const structure = { format, digests: { ...digests, 'public.pings': 'other' } }
       const database = manifest.database && { ...manifest.database, structure }
       await writeManifest(folder, { ...manifest, database })
     }, '--deep')
@@ -500,6 +519,16 @@ describe('verify --deep', () => {
     expect(await sql('SELECT count(*) FROM pg_database WHERE NOT datistemplate')).toBe('2')
     await mustSucceed(own.run('data', 'verify', good, '--deep'))
     await expectNothingHalfMade()
+  })
+
+  test('is in the way of no deploy', async () => {
+    let deployed: ReturnType<TestSite['run']> | undefined
+    const { outcome } = own.begin('data', ['verify', good, '--deep'], ({ message }) => {
+      if (message.startsWith('restoring the dump')) deployed = own.run('deploy')
+    })
+    await mustSucceed(outcome)
+    const { code, stderr } = (await deployed) ?? {}
+    expect(code, stderr).toBe(0)
   })
 
   test('that fills the disk of PostgreSQL gives up, and does not blame the set', async () => {
@@ -725,6 +754,42 @@ describe('a set as one file', () => {
       expect(outcome.stderr).toContain('holds no set that can be taken')
       expect(await readdir(site.folders.backups)).toEqual(before)
     }
+  })
+})
+
+describe('a hostile file', () => {
+  test.each([
+    ['an absolute path', () => ['--transform=s#^x$#/etc/bob-outside#', '--absolute-names', 'x']],
+    [
+      'a way out',
+      (name: string) => [`--transform=s#^x$#${name}/../../bob-outside#`, '--absolute-names', 'x'],
+    ],
+    ['a name with two lines', (name: string) => [`--transform=s#^x$#${name}/two\\nlines#`, 'x']],
+    ['a link', (name: string) => [`--transform=s#^link$#${name}/manifest.json#`, 'link']],
+    ['a device', (name: string) => [`--transform=s#^device$#${name}/manifest.json#`, 'device']],
+    ['a stranger', (name: string) => [`--transform=s#^x$#${name}/x#`, 'x']],
+  ])('with %s is not imported, and nothing is written elsewhere', async (_, options) => {
+    const folder = join(own.folder, 'hostile')
+    await mkdir(folder)
+    await writeFile(join(folder, 'x'), 'hostile')
+    await symlink('/etc/passwd', join(folder, 'link'))
+    await run(['mknod', join(folder, 'device'), 'c', '1', '3'])
+    const file = join(own.folder, 'hostile.tar')
+    await run(['tar', '-cf', file, '-C', folder, ...options('20250101-000000')])
+    const before = await readdir(site.folders.backups)
+    const outcome = await own.run('data', 'import', file)
+    await rm(folder, { recursive: true })
+    expect([outcome.code, outcome.stderr]).toEqual([
+      1,
+      expect.stringContaining('holds no set that can be taken'),
+    ])
+    expect(await readdir(site.folders.backups)).toEqual(before)
+    for (const path of [
+      '/etc/bob-outside',
+      join(own.folder, 'bob-outside'),
+      join(site.folders.backups, 'bob-outside'),
+    ])
+      expect(existsSync(path), path).toBe(false)
   })
 })
 

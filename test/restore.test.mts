@@ -2,7 +2,19 @@
 import { execFileSync } from 'node:child_process'
 import { createHash, randomBytes } from 'node:crypto'
 import { existsSync } from 'node:fs'
-import { cp, mkdir, mkdtemp, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
+import {
+  chown,
+  cp,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  unlink,
+  writeFile,
+} from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -33,12 +45,17 @@ let own: TestSite
 let site: Site
 let apiToken = ''
 let picture = { name: '', url: '' }
+let firebase = ''
 /** The set that the tests restore, and what was live when it was made. */
 let set = ''
 let saved: State
 
 beforeAll(async () => {
   own = await strapiSite(18_340)
+  firebase = join(own.folder, 'firebase.json')
+  await writeFile(firebase, '{"key":"of Firebase"}', { mode: 0o400 })
+  await chown(firebase, 1000, 1000)
+  await own.set({ FIREBASE_CREDENTIALS: firebase })
   await mustSucceed(own.run('deploy'))
   site = await loadSite(own.envFile)
   const admin = await registerAdmin(own.url)
@@ -184,8 +201,9 @@ describe('a restore', () => {
       expect((await stat(join(site.folders.uploads, name))).uid, name).toBe(1000)
 
     await logIn(own.url)
-    const answer = await fetch(`${own.url}/api/pings`, { headers: { authorization: `Bearer ${apiToken}` } })
-    expect(answer.status).toBe(200)
+    const files = `${own.url}/api/upload/files`
+    const answer = await fetch(files, { headers: { authorization: `Bearer ${apiToken}` } })
+    expect([answer.status, (await fetch(files)).status]).toEqual([200, 403])
     expect(await seePicture(own.url, picture.url.split('/').at(-1) ?? '')).toBeGreaterThan(0)
 
     await mustSucceed(own.run('data', 'undo', '--yes'))
@@ -210,9 +228,11 @@ describe('a restore', () => {
     await spoil()
     const folder = setFolder(site, set)
     const blocks = (await readFile(join(folder, 'RECOVERY.md'), 'utf8')).matchAll(/^```sh\n([^]*?)^```$/gm)
-    for (const [, commands = ''] of blocks)
-      await run(['sh', '-ec', commands], { cwd: folder, timeoutMs: 300_000 })
-    await rm('/tmp/config-of-the-set', { recursive: true })
+    const home = await mkdtemp(join(tmpdir(), `${own.project}-home-`))
+    const commands = [...blocks].map(([, text]) => text).join('')
+    await run(['sh', '-ec', commands], { cwd: folder, timeoutMs: 300_000, env: { HOME: home } })
+    expect(await readFile(join(home, 'config-of-the-set/docker/.env'), 'utf8')).toContain('POSTGRES_PASSWORD')
+    await rm(home, { recursive: true })
     const now = await state()
     expect(now.uploads).toMatchObject(saved.uploads)
     expect(now.properties).toBe(saved.properties)
@@ -285,19 +305,48 @@ describe('a restore', () => {
       await expectNothingHalfMade()
     })
 
-    test.each([
-      ['putting replaced', 0],
-      ['swapping the databases', 0],
-      ['swapping the databases', 160],
-      ['taking out the uploads', 0],
-    ])('is taken back by the next run when it is killed while at "%s" (+ %i ms)', async (point, delayMs) => {
+    const moments: [string, (event: Event) => boolean, number][] = [
+      ['the swap is through', ({ event, step }) => event === 'step-done' && step === '5/6', 0],
+      ['visitors are waited for', ({ event, step }) => event === 'step' && step === '6/6', 3000],
+      ['it puts uploads back', isSaid('putting replaced'), 0],
+      ['it swaps back', isSaid('swapping the databases'), 0],
+      ['it has swapped back', isSaid('swapping the databases'), 160],
+      ['it takes uploads out', isSaid('taking out the uploads'), 0],
+    ]
+    test.each(moments)('is taken back by the next run when it is killed while %s', async (_, at, delayMs) => {
       const spoilt = await spoil()
-      await killed(['restore', bad, '--yes'], isSaid(point), delayMs)
+      await killed(['restore', bad, '--yes'], at, delayMs)
       await mustSucceed(own.run('data', 'backup', '--only', 'config'))
       expect(await state()).toEqual(spoilt)
       await expectServed()
       await expectNothingHalfMade()
     })
+  })
+
+  test('of another schema keeps the old release from booting, until its own is deployed or it is undone', async () => {
+    const policy = async () => {
+      const found = await engine.container(`${own.project}-strapi-master`)
+      return found?.HostConfig.RestartPolicy.Name
+    }
+    const other = '20200101-000000'
+    await cp(setFolder(site, set), setFolder(site, other), { recursive: true })
+    await run(['chmod', '-R', 'u+w', setFolder(site, other)])
+    const manifest = await readManifest(setFolder(site, other))
+    await writeManifest(setFolder(site, other), { ...manifest, schemaHash: 'other', release: undefined })
+    const restore = ['restore', other, '--yes', '--accept', 'other-schema']
+    expect(await policy()).toBe('unless-stopped')
+    // Killed as soon as it is live, too.
+    await killed(restore, ({ event, step }) => event === 'step-done' && step === '5/6')
+    expect(await policy()).toBe('no')
+    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+    expect(await policy()).toBe('no')
+    await sql("UPDATE strapi_database_schema SET hash = 'other'")
+    expect((await mustSucceed(own.run('deploy', '--dry-run'))).stdout).toContain(
+      'strapi-master stays off after a crash or a reboot',
+    )
+    await mustSucceed(own.run('data', 'undo', '--yes', '--accept', 'other-schema'))
+    expect(await policy()).toBe('unless-stopped')
+    await rm(setFolder(site, other), { recursive: true })
   })
 
   test.each([
@@ -530,6 +579,38 @@ describe('a set that does not fit', () => {
     },
   )
 
+  test('because it is damaged gives all that can be read of it, when that is accepted', async () => {
+    const spoilt = await spoil()
+    await sql(
+      'CREATE TABLE ballast AS SELECT n, md5(random()::text) AS text FROM generate_series(1, 100000) AS n',
+    )
+    const broken = await makeSet()
+    await sql('DROP TABLE ballast')
+    const folder = setFolder(site, broken)
+    await run(['chmod', '-R', 'u+w', folder])
+    // In the middle of the largest table, and of a picture.
+    for (const [name, at] of [
+      ['database.dump', 0.5],
+      ['uploads.tar', 0.5],
+    ] as const) {
+      const content = await readFile(join(folder, name))
+      content.fill(0x58, content.length * at, content.length * at + 100)
+      await writeFile(join(folder, name), content)
+    }
+    await unlink(join(folder, 'roles.sql'))
+    await mustSucceed(own.run('data', 'restore', set, '--yes'))
+    expect((await own.run('data', 'restore', broken, '--yes')).stderr).toContain('--accept damaged')
+    const { stdout } = await mustSucceed(own.run('data', 'restore', broken, '--yes', '--accept', 'damaged'))
+    const [, lost = ''] = /(\S+) is damaged in the set: what is live stays/.exec(stdout) ?? []
+    expect(lost).not.toBe('')
+    const now = await state()
+    expect(now.uploads).toEqual({ ...spoilt.uploads, [lost]: saved.uploads[lost] })
+    const { ballast, ...rows } = now.rows
+    expect(ballast).toBe('0 -')
+    expect(rows).toEqual(spoilt.rows)
+    await rm(folder, { recursive: true })
+  })
+
   test('because a file was added to it is refused', async () => {
     await writeFile(join(setFolder(site, copy), 'more.txt'), '')
     expect(await refused()).toContain('more.txt does not belong to the set')
@@ -749,6 +830,7 @@ describe('a lost server', () => {
     await run(['tar', '-xf', join(elsewhere, 'exported.tar'), '-C', elsewhere])
     const folder = join(elsewhere, set)
 
+    await writeFile(own.envFile, '')
     // Somebody else's secrets are there, and shall stay.
     const secrets = join(site.source, '.env')
     await writeFile(secrets, 'APP_KEYS=another,key\n')
@@ -756,8 +838,8 @@ describe('a lost server', () => {
     const refused = await own.run('data', ...newHost, '--keep-settings')
     expect(refused.code).toBe(2)
     expect(refused.stderr).toContain('--accept other-secrets')
-    expect([existsSync(own.envFile), await readFile(secrets, 'utf8')]).toEqual([
-      false,
+    expect([await readFile(own.envFile, 'utf8'), await readFile(secrets, 'utf8')]).toEqual([
+      '',
       'APP_KEYS=another,key\n',
     ])
     await rm(secrets)
@@ -781,6 +863,9 @@ describe('a lost server', () => {
     // Twice is as good as once.
     await mustSucceed(own.run('data', ...newHost))
     expect(await secretsOf(own)).toEqual(lostSecrets)
+    expect(await readFile(firebase, 'utf8')).toBe('{"key":"of Firebase"}')
+    const { mode, uid } = await stat(firebase)
+    expect([mode & 0o777, uid]).toEqual([0o400, 1000])
     expect(await state()).toEqual(saved)
     await mustSucceed(own.run('setup'))
     await mustSucceed(own.run('deploy'))

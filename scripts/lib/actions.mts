@@ -1,6 +1,7 @@
 /** What the steps of a deploy do to the slots, the flag and .env. Each is safe to repeat. */
 import { createWriteStream } from 'node:fs'
 import { join } from 'node:path'
+import { allowBooting } from './booting.mts'
 import { ask, run } from './command.mts'
 import * as compose from './compose.mts'
 import { makeBackup } from './data/backup.mts'
@@ -8,7 +9,7 @@ import { rememberProven } from './data/verified.mts'
 import * as engine from './engine.mts'
 import { readText, setValues, writeEnv } from './envfile.mts'
 import { strangerOnData } from './folders.mts'
-import { makeStateDir, recordedSchema } from './history.mts'
+import { makeStateDir } from './history.mts'
 import { notes } from './legacy/journal.mts'
 import type { Proof } from './proof.mts'
 import {
@@ -22,9 +23,7 @@ import {
   Problem,
   warn,
 } from './report.mts'
-import { readSchema } from './schema.mts'
 import { scriptCommand, type Site, type SlotName } from './settings.mts'
-import { observe } from './slots.mts'
 import { describeRepair, type Repair } from './state.mts'
 import * as traffic from './traffic.mts'
 
@@ -237,23 +236,10 @@ export async function repair(site: Site, step: Repair): Promise<void> {
     case 'stop':
       return await stop(site, step.slot)
     case 'keep':
-      return await keep(site, step)
+      return await allowBooting(site, step.slot)
     case 'pin':
       return await pin(site, step.release)
   }
-}
-
-/** But for one that would drop columns when it boots: the database that a restore has brought waits for the release that it belongs to. */
-async function keep(site: Site, step: Repair & { do: 'keep' }): Promise<void> {
-  const { master, slave } = await observe(site)
-  const { release } = step.slot === 'strapi-slave' ? slave : master
-  const expected = release === undefined ? undefined : await recordedSchema(site, release)
-  const found = await readSchema(site)
-  if (expected && found && expected.hash !== found.hash)
-    return warn(
-      `${step.slot} stays off after a reboot: the database has another schema than ${release}, which would drop what it does not know`,
-    )
-  await change(describeRepair(step), () => run(compose.setRestart(site, step.slot, 'unless-stopped')))
 }
 
 /** The last lines of a slot's log, for a failure message. */

@@ -50,10 +50,19 @@ export async function run(argv: string[], options: RunOptions = {}): Promise<str
 
 /** What `docker`, `nginx` and the tools of the host change something with. */
 const changing =
-  /^(docker (compose .* )?(build|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|docker exec (--\S+ )*\w+ (chown|pg_restore .*--dbname|redis-cli shutdown|rm|sh)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|dd|mkdir|mv|rm|systemctl|tar)( |$)/
+  /^(docker (compose .* )?(build|cp|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|dd|mkdir|mv|rm|sh -c umask|systemctl|tar)( |$)/
+
+/** What a command in a container can only ask. A query of psql does not write in a dry run: `query` sees to that. */
+const asking = ['ls', 'pg_isready', 'psql', 'redis-cli']
+
+function isChanging(argv: string[]): boolean {
+  if (argv[0] !== 'docker' || argv[1] !== 'exec') return changing.test(argv.join(' '))
+  const [, command = ''] = argv.slice(2).filter((word) => !word.startsWith('-'))
+  return !asking.includes(command) || argv.some((word) => /^(--file=|shutdown$)/.test(word))
+}
 
 async function runWith(stdin: 'ignore' | number, argv: string[], options: RunOptions): Promise<string> {
-  if (changing.test(argv.join(' '))) refuseInDryRun(`run ${argv.slice(0, 3).join(' ')}`)
+  if (isChanging(argv)) refuseInDryRun(`run ${argv.slice(0, 3).join(' ')}`)
   const child = $({
     stdio: [stdin, 'pipe', 'pipe'],
     env: { ...process.env, ...(options.daemon ? {} : mark), ...options.env },

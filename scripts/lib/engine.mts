@@ -84,19 +84,27 @@ async function labelled(label: string[]): Promise<Container[]> {
 export interface MountInUse {
   container: string
   id: string
+  /** Of Compose. */
+  project: string | undefined
   folder: string
   at: string
 }
 
 /** Folders of this host that running containers see. */
 export async function mountsInUse(): Promise<MountInUse[]> {
-  type Row = { Id: string; Names: string[]; Mounts: { Source?: string; Destination: string }[] }
+  type Mount = { Source?: string; Destination: string }
+  type Row = { Id: string; Names: string[]; Labels: Record<string, string> | null; Mounts: Mount[] }
   const rows = (await get<Row[]>('/containers/json')) ?? []
-  return rows.flatMap(({ Id, Names, Mounts }) =>
-    Mounts.flatMap(({ Source, Destination }) =>
-      Source ? [{ container: Names[0]?.slice(1) ?? '', id: Id, folder: Source, at: Destination }] : [],
-    ),
-  )
+  return rows.flatMap(({ Id, Names, Labels, Mounts }) => {
+    const own = {
+      container: Names[0]?.slice(1) ?? '',
+      id: Id,
+      project: Labels?.['com.docker.compose.project'],
+    }
+    return Mounts.flatMap(({ Source, Destination }) =>
+      Source ? [{ ...own, folder: Source, at: Destination }] : [],
+    )
+  })
 }
 
 /** Names of the containers that publish a port of this host. */

@@ -1,5 +1,5 @@
 /** Makes the folders of a site with the owners that the images and nginx need. Folders that are there stay as they are. */
-import { existsSync, statSync } from 'node:fs'
+import { existsSync, statSync, type Stats } from 'node:fs'
 import { chown, mkdir, stat } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import * as engine from './engine.mts'
@@ -40,11 +40,19 @@ export async function nearestFolder(path: string): Promise<string> {
   return existsSync(path) ? path : nearestFolder(dirname(path))
 }
 
-/** Whether two paths are one folder, by whatever links; one that is not there yet is told by its name. */
+/** Whether two paths are one folder, by whatever links; one that is not there yet, or closed to this user, is told by its name. */
 export function isSameFolder(one: string, other: string): boolean {
-  const [first, second] = [one, other].map((path) => statSync(path, { throwIfNoEntry: false }))
+  const [first, second] = [one, other].map(look)
   if (first && second) return first.dev === second.dev && first.ino === second.ino
   return resolve(one) === resolve(other)
+}
+
+function look(path: string): Stats | undefined {
+  try {
+    return statSync(path, { throwIfNoEntry: false })
+  } catch {
+    return undefined
+  }
 }
 
 /**
@@ -62,9 +70,10 @@ export async function strangerOnData(folder: string, own: string[]): Promise<str
 }
 
 /** Name of another site's PostgreSQL that writes its dumps to this folder: each would take what the other writes for its own remains. */
-export async function strangerOnBackups(folder: string, own: string[]): Promise<string | undefined> {
+export async function strangerOnBackups(folder: string, ownProject: string): Promise<string | undefined> {
   const found = (await engine.mountsInUse()).find(
-    ({ id, folder: seen, at }) => at === '/backup' && !own.includes(id) && isSameFolder(seen, folder),
+    ({ project, folder: seen, at }) =>
+      at === '/backup' && project !== ownProject && isSameFolder(seen, folder),
   )
   return found?.container
 }

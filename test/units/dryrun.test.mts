@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { afterEach, beforeEach, expect, test } from 'vitest'
 import { run } from '../../scripts/lib/command.mts'
 import { query } from '../../scripts/lib/compose.mts'
-import { psql } from '../../scripts/lib/data/postgresql.mts'
+import * as tools from '../../scripts/lib/data/postgresql.mts'
 import { writeEnv } from '../../scripts/lib/envfile.mts'
 import { writeSynced } from '../../scripts/lib/history.mts'
 import { configureReport } from '../../scripts/lib/report.mts'
@@ -26,9 +26,18 @@ test.each([
   'docker image rm NAME',
   'nginx -c conf -s reload',
   'mkdir NAME',
-  'docker exec --user=root 0123abcd rm -f -- /backup/x',
 ])('a dry run cannot run "%s"', async (line) => {
   await expect(run(line.split(' '), { cwd: folder })).rejects.toThrow('a dry run does not run')
+})
+
+test.each([
+  tools.removeIncoming('id', ['x']),
+  tools.dump('id', { database: 'BoB', snapshot: '1', compression: 'zstd', file: 'x.dump' }),
+  tools.restoreFile('id', { database: 'BoB', file: 'x.dump', jobs: 2, owner: undefined, goesOn: false }),
+  tools.runFile('id', 'x.sql', false),
+  tools.setPassword('id'),
+])('a dry run cannot run %j', async (...argv) => {
+  await expect(run(argv)).rejects.toThrow('a dry run does not run')
 })
 
 test('a dry run can ask', async () => {
@@ -38,7 +47,7 @@ test('a dry run can ask', async () => {
 })
 
 test('a dry run gives PostgreSQL no transaction that could write', () => {
-  for (const argv of [query('id', 'postgres', 'SELECT 1'), psql('id', 'postgres', 'session')])
+  for (const argv of [query('id', 'postgres', 'SELECT 1'), tools.psql('id', 'postgres', 'session')])
     expect(argv.join(' ')).toContain('-c default_transaction_read_only=on')
 })
 

@@ -2,6 +2,7 @@ import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promise
 import { join } from 'node:path'
 import { beforeEach, expect, test } from 'vitest'
 import * as exchange from '../../scripts/lib/data/exchange.mts'
+import { uploadLines } from '../../scripts/lib/data/manifest.mts'
 import * as plans from '../../scripts/lib/data/plan.mts'
 import { ownFolder } from '../../scripts/lib/data/untar.mts'
 import { archiveUploads, filesBelow } from '../../scripts/lib/data/uploads.mts'
@@ -25,7 +26,7 @@ async function put(files: Record<string, string>): Promise<void> {
 }
 
 async function plan(missing: string[] = []): Promise<plans.Plan> {
-  return await plans.planExchange(site, set, (name) => missing.includes(name))
+  return await plans.planExchange(site, uploadLines(set), (name) => missing.includes(name))
 }
 
 async function stage(planned: plans.Plan): Promise<void> {

@@ -29,7 +29,7 @@ import {
   removePartial,
   stageSet,
 } from './sets.mts'
-import { openSnapshot, type Snapshot } from './snapshot.mts'
+import { openSnapshot, structureFormat, type Snapshot } from './snapshot.mts'
 import { archiveUploads, folderBytes } from './uploads.mts'
 
 export interface Backup {
@@ -169,7 +169,7 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
       bytes: state.databaseBytes,
       settings: state.settings,
       rows: state.rows,
-      structure: state.structure,
+      structure: { format: structureFormat, digests: state.structure },
     },
     uploads: uploads && {
       files: uploads.files,

@@ -34,10 +34,15 @@ export async function lookAtOpenSets(
   for (const name of await listSets(site)) {
     const manifest = await readManifest(setFolder(site, name)).catch((error: Error) => error)
     if (manifest instanceof Damage) unreadable.push({ name, why: manifest.message })
-    else if (manifest instanceof Error) closed.push({ name, error: manifest })
+    else if (manifest instanceof Error && isClosed(manifest)) closed.push({ name, error: manifest })
+    else if (manifest instanceof Error) throw manifest
     else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
   }
   return { sets, unreadable, closed }
+}
+
+function isClosed(error: Error): boolean {
+  return ['EACCES', 'EPERM'].includes((error as NodeJS.ErrnoException).code ?? '')
 }
 
 /** The newest set, when it does not even say what it holds. */

@@ -23,20 +23,24 @@ import {
   type PlanLine,
   type Scope,
 } from './plan.mts'
-import { readArchive, type ArchivedFile, type Sink } from './untar.mts'
+import { isDamage, readArchive, type ArchivedFile, type Sink } from './untar.mts'
 
-/** Unpacks what the plan needs beside the live files, and writes the plan down. Without one there is nothing to unpack. */
+/**
+ * Unpacks what the plan needs beside the live files, and writes the plan down. Without one there is nothing to unpack.
+ * @param isDamaged the archive may be: what cannot be read of it leaves the live files as they are
+ */
 export async function begin(
   site: Site,
   { id, ...scope }: { id: string } & Omit<Scope, 'withUploads'>,
   plan: Plan | undefined,
   tarPath: string,
+  isDamaged = false,
 ): Promise<void> {
   const folder = folderOf(site, id)
   // Anybody may see that there is one, nobody but root what is in it.
   await mkdir(folder, { recursive: true, mode: 0o755 })
   for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name), { mode: 0o700 })
-  const lines = plan ? await unpackPlan(folder, plan, tarPath) : []
+  const lines = plan ? await unpackPlan(folder, plan, tarPath, isDamaged) : []
   await writePlan(site, id, { ...scope, withUploads: plan !== undefined }, lines)
 }
 
@@ -44,9 +48,16 @@ async function unpackPlan(
   folder: string,
   { added, changed, surplus, same }: Plan,
   tarPath: string,
+  isDamaged: boolean,
 ): Promise<PlanLine[]> {
+  const looks = await unpackAll(folder, new Map([...added, ...changed]), tarPath, isDamaged)
+  for (const names of [added, changed])
+    for (const name of names.keys()) {
+      if (looks.has(name)) continue
+      warn(`${name} is damaged in the set: what is live stays`)
+      names.delete(name)
+    }
   const differing = new Map([...added, ...changed])
-  const looks = await unpackAll(folder, differing, tarPath)
   // As soon as they are in their places. Editors may replace those, too.
   for (const [name, sum] of differing) same.set(name, { ...sum, look: looks.get(name) ?? '' })
   return [
@@ -120,11 +131,12 @@ async function unpackLate(
   return looks
 }
 
-/** @returns the look of each file, all on the disk @throws Error when one is not what the list says */
+/** @returns the look of each file, all on the disk @throws Error when one is not what the list says, unless damage is accepted */
 async function unpackAll(
   folder: string,
   needed: Map<string, FileSum>,
   tarPath: string,
+  isDamaged = false,
 ): Promise<Map<string, string>> {
   const folders = new Set(['.', ...[...needed.keys()].map(dirname)])
   for (const one of folders) await mkdir(join(folder, 'incoming', one), { recursive: true })
@@ -139,9 +151,12 @@ async function unpackAll(
       right.set(file.name, lookOf({ size: file.sizeBytes, mtimeMs: file.mtimeMs }))
     }
     return sum && unpack(partial, file, onEnd)
+  }).catch((error: unknown) => {
+    if (!isDamaged || !isDamage(error)) throw error
+    warn(`uploads.tar cannot be read to its end: ${explain(error)}`)
   })
   const wrong = [...needed.keys()].filter((name) => !right.has(name))
-  if (wrong.length > 0)
+  if (wrong.length > 0 && !isDamaged)
     throw new Error(`uploads.tar does not hold what uploads.jsonl says: ${wrong.slice(0, 5).join(', ')}`)
   await run(['sync', '--file-system', folder], { timeoutMs: 12 * 3_600_000 })
   return right

@@ -1,6 +1,5 @@
 /** One run at a time per site, which first mends what an earlier one left half-made. */
 import { endOrphans, markCommands, orphans } from '../command.mts'
-import * as engine from '../engine.mts'
 import { strangerOnBackups } from '../folders.mts'
 import { takeLock } from '../lock.mts'
 import { detail, exitCodes, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
@@ -46,11 +45,8 @@ export async function endLeftovers(site: Site): Promise<void> {
 }
 
 async function refuseShared(site: Site): Promise<void> {
-  const own = await engine.serviceContainers(site.project, 'postgresql').catch(() => undefined)
   // Without an engine nobody else backs up either.
-  if (!own) return
-  const ids = own.map(({ Id }) => Id)
-  const stranger = await strangerOnBackups(incomingFolder(site), ids)
+  const stranger = await strangerOnBackups(incomingFolder(site), site.project).catch(() => undefined)
   if (stranger === undefined) return
   throw new Problem(
     exitCodes.usage,

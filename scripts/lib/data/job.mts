@@ -10,10 +10,19 @@ import { needSharedFolder, secretsPrint } from './backup.mts'
 import { readDatabases, serverVersionOf, type Databases } from './databases.mts'
 import { bytesOf, planExchange, type Plan } from './plan.mts'
 import { listed, obstacles, type Acceptable, type Obstacle } from './fitness.mts'
-import { missingIn, readManifest, wrongSums, type Manifest, type Part } from './manifest.mts'
+import {
+  missingIn,
+  readManifest,
+  uploadLines,
+  wrongSums,
+  type Manifest,
+  type Part,
+  type UploadLine,
+} from './manifest.mts'
 import { databaseNeeds, megabytes, needRoom, reserveOn } from './room.mts'
 import { setFolder } from './sets.mts'
 import { needPostgresql, needRoot, newId, refusePending, runningSchema } from './undo.mts'
+import { readLines } from './untar.mts'
 
 export interface Request {
   set: string
@@ -39,6 +48,8 @@ export interface Job extends Request {
   withDatabase: boolean
   /** What happens to the uploads; undefined when they stay. */
   uploads: Plan | undefined
+  /** The list of its uploads, from its archive where the list itself is damaged. */
+  lines: () => AsyncIterable<UploadLine> | Iterable<UploadLine>
   release: string | undefined
   /** Whether the image of the set's release is still here. */
   hasRelease: boolean
@@ -85,6 +96,9 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     hasRelease,
   })
   refuseObstacles(site, request, found)
+  const isListLost = wrong.some((sentence) => sentence.startsWith('uploads.jsonl '))
+  const known = isListLost ? await readLines(join(folder, 'uploads.tar')) : undefined
+  const lines = () => known ?? uploadLines(folder)
   const job: Job = {
     ...request,
     // What was accepted just in case must not change anything.
@@ -98,11 +112,12 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     postgresql,
     databases,
     serverVersion,
+    lines,
     withDatabase: request.parts.includes('database'),
     uploads: request.parts.includes('uploads')
       ? await alive(
           () => 'comparing the uploads',
-          () => planExchange(site, folder, missingIn(manifest)),
+          () => planExchange(site, lines(), missingIn(manifest)),
         )
       : undefined,
     release: serving.release,

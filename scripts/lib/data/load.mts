@@ -4,7 +4,7 @@ import { availableParallelism } from 'node:os'
 import { join } from 'node:path'
 import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
-import { alive, detail, interrupted, warn } from '../report.mts'
+import { alive, detail, explain, interrupted, Problem, warn } from '../report.mts'
 
 import { createDatabase, incoming, properties, watchSize } from './databases.mts'
 import type { Job } from './job.mts'
@@ -13,16 +13,24 @@ import { createMissingRoles, runSql } from './roles.mts'
 import { megabytes, sparing } from './room.mts'
 import { incomingFolder } from './sets.mts'
 import { openSnapshot } from './snapshot.mts'
-import { differentRows } from './verify.mts'
+import { blamesTheSet, differentRows } from './verify.mts'
 
-/** @throws Error when the dump does not hold what its manifest says; Problem when the disk is almost full */
+/**
+ * With `--accept damaged`, what can be read of it.
+ * @throws Error when the dump does not hold what its manifest says; Problem when the disk is almost full
+ */
 export async function loadDump(job: Job): Promise<void> {
   const { site, manifest, postgresql, id } = job
   const owner = site.database.user
   const settings = manifest.database?.settings
   const locale = job.sortsAsServer ? undefined : settings
   await run(query(postgresql, 'postgres', createDatabase(incoming, owner, locale, job.serverVersion)))
-  const roles = await createMissingRoles(site, postgresql, job.folder, id)
+  const isDamaged = job.accept.includes('damaged')
+  const roles = await createMissingRoles(site, postgresql, job.folder, id).catch((error: unknown) => {
+    if (!isDamaged) throw error
+    warn(`accepted: no roles from the set: ${explain(error)}`)
+    return { created: [], all: [] }
+  })
   if (roles.created.length > 0) detail(`created the roles ${roles.created.join(', ')}, as in the set`)
   const file = `${id}.dump`
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
@@ -35,12 +43,17 @@ export async function loadDump(job: Job): Promise<void> {
       file,
       jobs: Math.min(4, availableParallelism()),
       owner: isForeign ? owner : undefined,
+      goesOn: isDamaged,
     })
     const { postgres } = site.folders
     await alive(
       () => `restoring, ${megabytes(size.bytes)}`,
       () => sparing(postgres, postgres, (signal) => run(restoring, { timeoutMs: 12 * 3_600_000, signal })),
-    )
+    ).catch((error: unknown) => {
+      interrupted.throwIfAborted()
+      if (!isDamaged || error instanceof Problem || !blamesTheSet(error)) throw error
+      warn(`accepted: ${explain(error)}`)
+    })
   } finally {
     size.stop()
     // What stays is removed by the next run; a PostgreSQL that died must not hide why.
@@ -56,7 +69,7 @@ export async function loadDump(job: Job): Promise<void> {
   const analyzed = run(query(postgresql, incoming, 'ANALYZE'), { timeoutMs: 3_600_000, signal: interrupted })
   const [restored] = await Promise.all([counted, analyzed])
   const different = differentRows(manifest.database?.rows ?? {}, restored.rows)
-  if (different.length > 0 && !job.accept.includes('damaged'))
+  if ((different.length > 0 && !isDamaged) || Object.keys(restored.rows).length === 0)
     throw new Error(`the dump does not hold what its manifest says: ${different.join('; ')}`)
   for (const line of different) warn(`accepted: ${line}`)
   // Last of all: they may keep one from writing.

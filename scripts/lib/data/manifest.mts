@@ -40,7 +40,7 @@ export interface DatabaseState {
   /** Of each table, by "schema.table". */
   rows: Record<string, number>
   /** Digests of columns, indexes and constraints, by "schema.name"; like `bytes`, sets of earlier versions lack it. */
-  structure?: Record<string, string>
+  structure?: { format: number; digests: Record<string, string> }
   bytes?: number
 }
 

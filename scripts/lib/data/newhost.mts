@@ -1,14 +1,14 @@
 /** A lost server from a bare one and a set: configuration first, then database and uploads. The application is there already. */
 import { existsSync } from 'node:fs'
-import { chown, mkdir, writeFile } from 'node:fs/promises'
+import { chown, mkdir, readFile, writeFile } from 'node:fs/promises'
 import { basename, dirname, join, relative, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { startServices } from '../actions.mts'
 import { agree } from '../agree.mts'
-import { run } from '../command.mts'
+import { run, shellQuoted } from '../command.mts'
 import { readText, setValues, writeEnv } from '../envfile.mts'
 import { makeFolders, nearestFolder, strapiUid } from '../folders.mts'
-import { alive, detail, exitCodes, explain, isDryRun, Problem, say, step } from '../report.mts'
+import { alive, detail, exitCodes, explain, isDryRun, Problem, say, step, warn } from '../report.mts'
 import { writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { invokingUser } from '../users.mts'
 import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from '../settings.mts'
@@ -85,6 +85,11 @@ export async function restoreNewHost(request: NewHost): Promise<void> {
       isNewHost: true,
     }
     if (parts.length > 0) await step('4/4', `Restore ${set}`, () => restoreSet(site, wish))
+    const others = await differingConfig(found.config)
+    if (others.length > 0)
+      warn(
+        `of the set's configuration these files are other ones here, and stay so:${listed(others)}\nPut one back: tar -xf ${shellQuoted(join(site.folders.backups, set, 'config.tar'))} -C ${shellQuoted(projectRoot)} ${others[0]}`,
+      )
     const release = found.manifest.release ?? 'unknown'
     say(
       `Now: ${asRoot(scriptCommand('setup', envFile, '--install'))}\nThen: ${scriptCommand('deploy', envFile)} (the set is of release ${release}: the application should be that version)\nAnd backups every night: ${asRoot(scriptCommand('data', envFile, 'schedule'))}`,
@@ -186,6 +191,17 @@ async function writeSettings({ envFile }: NewHost, { config, settings, applicati
   await writeApplicationEnv(site)
   await writeCredentials(site, config)
   return site
+}
+
+/** Files of services, which belong to the version of this project: named, not overwritten. */
+async function differingConfig(config: Map<string, Buffer>): Promise<string[]> {
+  const others: string[] = []
+  for (const [name, content] of config) {
+    if (!name.startsWith('docker/') || name === 'docker/.env') continue
+    const own = await readFile(join(projectRoot, name)).catch(() => undefined)
+    if (!own?.equals(content)) others.push(name)
+  }
+  return others
 }
 
 /** The old text is kept in the folder of what is remembered. */

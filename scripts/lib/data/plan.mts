@@ -11,7 +11,7 @@ import { writeSynced } from '../history.mts'
 import { exitCodes, Problem } from '../report.mts'
 import type { Site } from '../settings.mts'
 import { listed } from './fitness.mts'
-import { sumOf, uploadLines, type FileSum } from './manifest.mts'
+import { sumOf, type FileSum, type UploadLine } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
 import { filesBelow } from './uploads.mts'
 
@@ -59,16 +59,17 @@ export function folderOf(site: Site, id: string): string {
 
 /**
  * Compares, and changes nothing.
+ * @param lines of the set: uploads.jsonl
  * @param isMissing tells of what the set has no version that belongs to its database: what is there stays as it is
  * @throws Problem when files of the set cannot take their places, or its list holds a name that no set may hold
  */
 export async function planExchange(
   site: Site,
-  setFolder: string,
+  lines: AsyncIterable<UploadLine> | Iterable<UploadLine>,
   isMissing: (name: string) => boolean,
 ): Promise<Plan> {
   const wanted = new Map<string, FileSum>()
-  for await (const { name, sizeBytes, sha256 } of uploadLines(setFolder)) {
+  for await (const { name, sizeBytes, sha256 } of lines) {
     const unsafe = unsafeName(name)
     if (unsafe)
       throw new Problem(

@@ -74,10 +74,12 @@ export interface FileRestore {
   jobs: number
   /** Role that gets everything, instead of the roles in the dump. */
   owner: string | undefined
+  /** What is damaged is left out; otherwise the first error ends it. */
+  goesOn: boolean
 }
 
 /** Restores a dump in several sessions at once; a crash in between costs nothing but the restored database. */
-export const restoreFile = (containerId: string, { database, file, jobs, owner }: FileRestore) => [
+export const restoreFile = (containerId: string, { database, file, jobs, owner, goesOn }: FileRestore) => [
   'docker',
   'exec',
   '--user=root',
@@ -86,7 +88,7 @@ export const restoreFile = (containerId: string, { database, file, jobs, owner }
   `--env=PGOPTIONS=${unbound} ${writing()} -c synchronous_commit=off -c wal_compression=off -c maintenance_work_mem=256MB`,
   containerId,
   'pg_restore',
-  '--exit-on-error',
+  ...(goesOn ? [] : ['--exit-on-error']),
   `--jobs=${jobs}`,
   ...(owner === undefined ? [] : ['--no-owner', `--role=${owner}`]),
   `--dbname=${database}`,

@@ -7,8 +7,7 @@
 import { join } from 'node:path'
 import { logTail } from '../actions.mts'
 import { agree } from '../agree.mts'
-import { ask } from '../command.mts'
-import { setRestart } from '../compose.mts'
+import { forbidBooting } from '../booting.mts'
 import { describeFigures, startProof } from '../proof.mts'
 import {
   addToResult,
@@ -67,8 +66,9 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
         await exchange.putIncoming(site, job.id)
         await putLate(job)
       })
+    // Before the swap: killed right after it, the old release must not boot. The deploy that follows makes new containers.
+    if (belongsToOther(job)) await forbidBooting(site)
     if (job.withDatabase) await step('5/6', 'Swap the databases', () => swapDatabases(job))
-    if (belongsToOther(job)) await keepFromBooting(job)
     await step('6/6', 'See that visitors are served, take surplus uploads out', async () => {
       const late = await putLate(job).then(() => undefined, asError)
       await stillServed(job)
@@ -140,21 +140,23 @@ async function writeDown(job: Job): Promise<void> {
   const { site, id, folder, manifest, withDatabase } = job
   const mustServe = job.wasServing && job.databases.live !== undefined && !job.accept.includes('other-schema')
   // Visitors went on while the dump was restored.
-  if (job.uploads) job.uploads = await plans.planExchange(site, folder, missingIn(manifest))
+  if (job.uploads) job.uploads = await plans.planExchange(site, job.lines(), missingIn(manifest))
   await alive(
     () => (job.uploads ? `unpacking ${megabytes(plans.bytesOf(job.uploads))}` : ''),
-    () => exchange.begin(site, { id, withDatabase, mustServe }, job.uploads, join(folder, 'uploads.tar')),
+    () =>
+      exchange.begin(
+        site,
+        { id, withDatabase, mustServe },
+        job.uploads,
+        join(folder, 'uploads.tar'),
+        job.accept.includes('damaged'),
+      ),
   )
 }
 
 /** What editors replaced or deleted since the plan was made: as much as can be before the swap, the rest right after it. */
 async function putLate({ site, id, folder, uploads }: Job): Promise<void> {
   if (uploads) await exchange.putLate(site, id, uploads, join(folder, 'uploads.tar'))
-}
-
-/** Started again by the engine, the old release would drop what its code does not know. The deploy that follows makes a new container. */
-async function keepFromBooting({ site }: Job): Promise<void> {
-  for (const slot of ['strapi-master', 'strapi-slave'] as const) await ask(setRestart(site, slot, 'no'))
 }
 
 function asError(error: unknown): Error {
@@ -245,7 +247,7 @@ function conclude(job: Job): void {
   const deploy =
     belongsToOther(job) && job.hasRelease
       ? scriptCommand('deploy', site.envFile, `--rollback ${manifest.release}`)
-      : `${scriptCommand('deploy', site.envFile)}${belongsToOther(job) ? `   with the application as it was in release ${manifest.release}` : ''}`
+      : `${scriptCommand('deploy', site.envFile)}${belongsToOther(job) ? `   with the application as it was in release ${manifest.release ?? 'that the set was made with'}` : ''}`
   const back = isFirst ? 'There was no database before, so this cannot be taken back.' : undo
   if (job.unserved !== undefined)
     throw new Problem(
@@ -259,6 +261,6 @@ function conclude(job: Job): void {
 }
 
 /** Whether the database belongs to another release than the one that runs: booted on it, that one would drop columns. */
-function belongsToOther({ accept, manifest }: Job): boolean {
-  return accept.includes('other-schema') && manifest.release !== undefined
+function belongsToOther({ accept }: Job): boolean {
+  return accept.includes('other-schema')
 }

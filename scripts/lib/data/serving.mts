@@ -1,6 +1,6 @@
 /** Do visitors get answers with the database that is live now? */
 import { smoke } from '../health.mts'
-import { pause, warn } from '../report.mts'
+import { interrupted, pause, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { flagged } from '../traffic.mts'
@@ -34,9 +34,10 @@ export async function failureToServe(site: Site): Promise<unknown> {
       return undefined
     } catch (failure) {
       const isTooLate = Date.now() - startedAt > site.health.timeoutMs
-      if (isTooLate || Date.now() - bootedAt > patienceMs) return failure
+      if (isTooLate || Date.now() - bootedAt > patienceMs || interrupted.aborted) return failure
     }
-    await pause(200)
+    // Interrupted meanwhile, it asks once more.
+    await pause(200).catch(() => undefined)
   }
 }
 

@@ -47,18 +47,29 @@ export async function stageSet(site: Site, name: string): Promise<string> {
 /** Writes files to the disk, and out of the system's memory: what is read of them afterwards comes from the disk. */
 export async function toDisk(paths: string[]): Promise<void> {
   for (const path of paths) {
-    const written = ['oflag=nocache', 'conv=notrunc,fsync', 'count=0', 'status=none']
-    await run(['dd', `of=${path}`, ...written], { timeoutMs: 12 * 3_600_000 })
+    await syncFile(path)
+    await run(['dd', `of=${path}`, 'oflag=nocache', 'conv=notrunc', 'count=0', 'status=none'])
+  }
+}
+
+async function syncFile(path: string): Promise<void> {
+  const file = await open(path, 'r')
+  try {
+    await file.sync()
+  } finally {
+    await file.close()
   }
 }
 
 /** Reads a staged set from the disk. @returns what is wrong with it, one sentence each */
 export async function readBack(folder: string): Promise<string[]> {
-  await toDisk((await readdir(folder)).map((name) => join(folder, name)))
   const progress = { bytes: 0 }
   return await alive(
     () => `reading back, ${megabytes(progress.bytes)}`,
-    () => wrongSums(folder, progress),
+    async () => {
+      await toDisk((await readdir(folder)).map((name) => join(folder, name)))
+      return await wrongSums(folder, progress)
+    },
   )
 }
 
@@ -67,12 +78,7 @@ export async function commitSet(site: Site, name: string): Promise<void> {
   const folder = join(site.folders.backups, `${partial}${name}`)
   for (const file of await readdir(folder)) {
     await chmod(join(folder, file), 0o400)
-    const handle = await open(join(folder, file), 'r')
-    try {
-      await handle.sync()
-    } finally {
-      await handle.close()
-    }
+    await syncFile(join(folder, file))
   }
   await syncFolder(folder)
   await chmod(folder, 0o500)

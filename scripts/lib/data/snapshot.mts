@@ -16,7 +16,7 @@ export interface Snapshot {
   /** Names in the uploads folder that a row refers to. */
   uploads: string[]
   schemaHash: string | undefined
-  /** Digest of what each table, view and sequence is made of, by "schema.name". */
+  /** Digest of what each table, view, sequence and enum is made of, by "schema.name". */
   structure: Record<string, string>
   databaseBytes: number
   close(): Promise<void>
@@ -33,25 +33,40 @@ const listUploads = `SELECT ltrim(url, '/') FROM (
       WHERE provider = 'local'
   ) AS one WHERE url LIKE '/uploads/%';`
 
-// Names and types alone: PostgreSQL writes an expression (of a check, of a partial index) differently once it was dumped. NOT NULL
-// is a constraint of its own from 18 on.
-const structure = `WITH relations AS (
-    SELECT c.oid, nspname || '.' || relname AS name, relkind FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+/** Of what `structure` asks for: digests of another format cannot be compared. */
+export const structureFormat = 1
+
+// Names and types alone: PostgreSQL writes an expression (of a check, of a partial index) differently once it was dumped. What a
+// dump leaves out is left out here: what an extension brings, indexes that are not valid. NOT NULL is a constraint of its own from 18 on.
+const structure = `SET LOCAL search_path = pg_catalog;
+  WITH relations AS (
+    SELECT c.oid, nspname || '.' || relname AS name, relkind::text AS kind FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
       WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f') AND nspname !~ '^pg_' AND nspname <> 'information_schema'
+        AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = c.oid AND classid = 'pg_class'::regclass AND deptype = 'e')
   ), parts AS (
     SELECT attrelid AS oid, format('column %s %I %s %s %s %s %s', to_char(row_number() OVER (PARTITION BY attrelid ORDER BY attnum), '0000'),
-        attname, format_type(atttypid, atttypmod), attnotnull, atthasdef, attidentity, attgenerated) AS part
-      FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped
+        attname, format_type(atttypid, atttypmod), attnotnull, atthasdef, attidentity, to_jsonb(a)->>'attgenerated') AS part
+      FROM pg_attribute AS a WHERE attnum > 0 AND NOT attisdropped
     UNION ALL SELECT i.indrelid, format('index %I %s %s %s %s', relname, amname, indisunique, indpred IS NOT NULL,
         (SELECT string_agg(coalesce(quote_ident(attname), '()'), ',' ORDER BY place)
           FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place) LEFT JOIN pg_attribute ON attrelid = i.indrelid AND attnum = number))
       FROM pg_index AS i JOIN pg_class AS c ON c.oid = indexrelid JOIN pg_am AS a ON a.oid = relam
+      WHERE (indisvalid OR c.relkind = 'I') AND indisready
     UNION ALL SELECT conrelid, format('constraint %I %s %s', conname, contype,
-        CASE WHEN contype <> 'c' THEN pg_get_constraintdef(oid) END) FROM pg_constraint WHERE contype <> 'n'
+        CASE WHEN contype NOT IN ('c', 'x') THEN pg_get_constraintdef(oid) END)
+      FROM pg_constraint AS c WHERE contype <> 'n' AND coalesce(to_jsonb(c)->>'conparentid', '0') = '0'
     UNION ALL SELECT tgrelid, format('trigger %I %s', tgname, tgenabled) FROM pg_trigger WHERE NOT tgisinternal
+  ), types AS (
+    SELECT nspname || '.' || typname AS name, 'enum' AS kind, string_agg(enumlabel, E'\\n' ORDER BY enumsortorder) AS parts
+      FROM pg_enum JOIN pg_type AS t ON t.oid = enumtypid JOIN pg_namespace AS n ON n.oid = typnamespace
+      WHERE NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = t.oid AND classid = 'pg_type'::regclass AND deptype = 'e')
+      GROUP BY 1
   )
-  SELECT json_build_array(name, md5(concat_ws(E'\\n', relkind, string_agg(part, E'\\n' ORDER BY part COLLATE "C"))))
-    FROM relations LEFT JOIN parts USING (oid) GROUP BY oid, name, relkind ORDER BY name;`
+  SELECT json_build_array(name, md5(concat_ws(E'\\n', kind, parts))) FROM (
+    SELECT name, kind, string_agg(part, E'\\n' ORDER BY part COLLATE "C") AS parts
+      FROM relations LEFT JOIN parts USING (oid) GROUP BY oid, name, kind
+    UNION ALL SELECT * FROM types
+  ) AS one ORDER BY name;`
 
 // As JSON, because the column of the locale has another name in almost every version.
 const settings = `SELECT json_build_object('encoding', pg_encoding_to_char(encoding), 'collation', datcollate,
@@ -89,10 +104,11 @@ export async function openSnapshot(
     const rows = (await session.ask(countTables)).map((line) => JSON.parse(line) as [string, number])
     const tables = new Set(rows.map(([table]) => table))
     const uploads = tables.has('public.files') ? await session.ask(listUploads) : []
-    const relations = (await session.ask(structure)).map((line) => JSON.parse(line) as [string, string])
     const [schemaHash] = tables.has('public.strapi_database_schema')
       ? await session.ask('SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1;')
       : []
+    // Last of all: it leaves another search_path.
+    const relations = (await session.ask(structure)).map((line) => JSON.parse(line) as [string, string])
     return {
       id,
       serverVersion,

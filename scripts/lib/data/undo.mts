@@ -2,8 +2,9 @@
 import { rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { agree } from '../agree.mts'
-import { ask, run } from '../command.mts'
-import { query, setRestart } from '../compose.mts'
+import { allowBooting } from '../booting.mts'
+import { run } from '../command.mts'
+import { query } from '../compose.mts'
 import { readText } from '../envfile.mts'
 import { makeStateDir, recordedSchema, writeSynced } from '../history.mts'
 import { takeLock, verifyLock } from '../lock.mts'
@@ -36,6 +37,8 @@ import type { Acceptable } from './fitness.mts'
 
 /** A large database takes its time. */
 const patiently = { timeoutMs: 3_600_000 }
+/** For the next run after a kill. */
+const recentMs = 30 * 60_000
 /** Errors that end when somebody makes room. */
 const passing = ['ENOSPC', 'EDQUOT', 'EMFILE', 'ENFILE', 'ENOMEM']
 
@@ -85,8 +88,6 @@ export async function undoRestore(
       addToResult({ undone: last.id, figures })
       say(describeFigures(figures), 'proof', { ...figures })
     }
-    // A restore of another schema has kept it from booting.
-    await ask(setRestart(site, flagged(site), 'unless-stopped'))
     say(
       `Done: what was live before restore ${last.id} is live again; what it had brought is kept for ${site.restoreKeepDays} days.`,
     )
@@ -146,6 +147,8 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
     const names = { live: site.database.name, from: before.name, to: keptName('undone', id) }
     await swap(postgresql, { ...names, hasLive: live !== undefined, comment: undefined })
   }
+  // A restore of another schema has kept it from booting.
+  await allowBooting(site, flagged(site)).catch((error: unknown) => warn(explain(error)))
   if (files) {
     detail('taking out the uploads that it had brought')
     await exchange.takeAdded(site, id)
@@ -211,7 +214,7 @@ async function dropScratch(site: Site, postgresql: string): Promise<boolean> {
 async function mendExchange(
   site: Site,
   { id, stage }: plans.Exchange,
-  { live }: Databases,
+  { live, kept }: Databases,
   postgresql: string,
 ): Promise<{ did: string; isBack: boolean }> {
   if (stage === 'staging') {
@@ -230,10 +233,7 @@ async function mendExchange(
       warn(`what editors changed during restore ${id} stays so: ${explain(error)}`)
     })
     await exchange.putIncoming(site, id)
-    const failure =
-      (await plans.scopeOf(site, id)).mustServe && !(await isOff(site))
-        ? await failureToServe(site)
-        : undefined
+    const failure = (await mayGoBack(site, id, kept)) ? await failureToServe(site) : undefined
     if (failure !== undefined) {
       warn(`restore ${id} was interrupted, and visitors are not served with it: ${explain(failure)}`)
       await takeBack(site, id, postgresql)
@@ -245,6 +245,18 @@ async function mendExchange(
   await exchange.keepWhatIsNewer(site, id)
   await takeBack(site, id, postgresql)
   return { did: `restore ${id}, which was interrupted before it was live: taken back`, isBack: true }
+}
+
+/**
+ * Whether a restore that is live and was not seen to the end goes back where visitors are not served: as its own run would have
+ * done. Hours later they have written to what it brought, and whatever is wrong by then is another thing.
+ */
+async function mayGoBack(site: Site, id: string, kept: Databases['kept']): Promise<boolean> {
+  const { mustServe } = await plans.scopeOf(site, id)
+  const begun = await plans.endedAt(site, id)
+  const isRecent = Date.now() - begun.getTime() < recentMs
+  const isKept = kept.some((one) => one.kind === 'replaced' && one.id === id)
+  return mustServe === true && isRecent && isKept && !(await isOff(site))
 }
 
 /** For the next `undo`. */

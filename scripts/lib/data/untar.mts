@@ -1,9 +1,11 @@
 /** Reads an archive that may have been made by anybody: what we never write is refused before it is taken. */
+import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import { readFile, stat } from 'node:fs/promises'
 import { Parser, type ReadEntry } from 'tar'
 import { interrupted } from '../report.mts'
 import { emptyArchive } from './archive.mts'
+import type { UploadLine } from './manifest.mts'
 
 export interface ArchivedFile {
   name: string
@@ -27,6 +29,27 @@ export function unsafeName(name: string): string | undefined {
   const parts = name.split('/')
   if (parts.some((part) => part === '' || part === '.' || part === '..')) return 'leads out of its folder'
   return parts[0] === ownFolder ? 'has the name of a folder of this program' : undefined
+}
+
+/** Whether reading failed for what is in the archive: not for a full disk, nor for an interruption. */
+export function isDamage(error: unknown): boolean {
+  const { code = 'TAR' } = error as { code?: string }
+  return !interrupted.aborted && code.startsWith('TAR')
+}
+
+/** What can be read of an archive, with its sums: for one whose list is lost. A name that is there twice counts in its last version. */
+export async function readLines(path: string): Promise<UploadLine[]> {
+  const lines: UploadLine[] = []
+  await readArchive(path, ({ name, sizeBytes }) => {
+    const hash = createHash('sha256')
+    return {
+      write: (part) => hash.update(part),
+      end: () => lines.push({ name, sizeBytes, sha256: hash.digest('hex') }),
+    }
+  }).catch((error: unknown) => {
+    if (!isDamage(error)) throw error
+  })
+  return lines
 }
 
 /**

@@ -2,7 +2,7 @@
 import { closeSync, opendirSync, openSync, statSync, writeFileSync, type Dir } from 'node:fs'
 import { join } from 'node:path'
 import { setImmediate as breathe, setTimeout as pause } from 'node:timers/promises'
-import { interrupted } from '../report.mts'
+import { detail, interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
 import { textOf } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
@@ -85,9 +85,11 @@ export function archiveUploads(
       const lost = referenced.filter((name) => !known.has(name))
       const reasons = new Map(lost.map((name) => [name, 'is not there']))
       for (const [name, reason] of skipped) {
+        if (known.has(name)) continue
         // What came or went just then matters only when a row refers to it.
         const isPassing = /^(vanished|changed)/.test(reason)
-        if (!known.has(name) && (reasons.has(name) || !isPassing)) reasons.set(name, reason)
+        if (reasons.has(name) || !isPassing) reasons.set(name, reason)
+        else detail(`uploads/${name} ${reason}, and no row refers to it: left out`)
       }
       const sizes = [...known.values()].map(({ sizeBytes }) => sizeBytes)
       return {

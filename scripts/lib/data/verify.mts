@@ -20,7 +20,7 @@ import {
 } from './manifest.mts'
 import { readDump, restoreDump } from './postgresql.mts'
 import { setFolder } from './sets.mts'
-import { openSnapshot, type Snapshot } from './snapshot.mts'
+import { openSnapshot, structureFormat, type Snapshot } from './snapshot.mts'
 import { readArchive } from './untar.mts'
 
 /** A dump of many gigabytes takes its time. */
@@ -46,7 +46,7 @@ export async function verifySet(site: Site, name: string, progress = { bytes: 0 
     if (!(file in files)) continue
     await read(join(folder, file)).catch((error: unknown) => {
       interrupted.throwIfAborted()
-      if (!isDamage(error)) throw error
+      if (!blamesTheSet(error)) throw error
       wrong.push(
         `${file} cannot be read to its end: ${error instanceof Error ? error.message : String(error)}`,
       )
@@ -92,7 +92,7 @@ export async function verifyDeeply(site: Site, name: string): Promise<string[]> 
       )
       .finally(size.stop)
     interrupted.throwIfAborted()
-    if (failure && !isDamage(failure)) throw failure
+    if (failure && !blamesTheSet(failure)) throw failure
     if (failure) return [`database.dump cannot be restored: ${failure.message}`]
     detail('comparing it with the manifest')
     const restored = await openSnapshot(postgresql, scratch, 'strapi-blue-green-verify')
@@ -121,8 +121,8 @@ export function differentRows(wanted: Record<string, number>, found: Record<stri
 /** What a dump lost or made otherwise, one sentence each. Another major version may write its definitions otherwise. */
 function differentStructure({ database, versions }: Manifest, restored: Snapshot): string[] {
   const isSameMajor = Number.parseInt(versions.postgresql ?? '') === Number.parseInt(restored.serverVersion)
-  const [wanted, found] = [database?.structure, restored.structure]
-  if (!wanted || !isSameMajor) return []
+  if (database?.structure?.format !== structureFormat || !isSameMajor) return []
+  const [wanted, found] = [database.structure.digests, restored.structure]
   return [...new Set([...Object.keys(wanted), ...Object.keys(found)])]
     .toSorted()
     .filter((name) => wanted[name] !== found[name])
@@ -142,8 +142,8 @@ async function missingUploads(
     .map((name) => `uploads/${name} is referred to and not in the set`)
 }
 
-/** What says nothing about the set: a disk without room, a server that went away, a file that this user may not read. */
-function isDamage(error: unknown): boolean {
+/** Not so what says nothing about the set: a disk without room, a server that went away, a file that this user may not read. */
+export function blamesTheSet(error: unknown): boolean {
   const text = error instanceof Error ? error.message : String(error)
   return !/No space left on device|ENOSPC|EACCES|server closed the connection|the database system is|is not running|No such container|exit code 137|terminating connection|too many clients|connection to server|almost full|docker daemon/.test(
     text,

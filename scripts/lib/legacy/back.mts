@@ -27,7 +27,7 @@ import { differingUploads, endCopy } from './uploads.mts'
 export async function describeRollback(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   if (stage === 'legacy')
-    return detail('the legacy set-up is in service; what was prepared beside it is removed')
+    return detail('the legacy set-up is in service; the containers that were prepared beside it are removed')
   const noted = await notes(site)
   const postgresql = await startingPostgresql(site)
   // A killed switch may have left it without that database, or without our role.

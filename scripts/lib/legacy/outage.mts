@@ -1,4 +1,5 @@
 /** How long visitors will be without an answer, from what is known before. */
+import { stripVTControlCharacters } from 'node:util'
 import { ask } from '../command.mts'
 import type { Legacy } from './look.mts'
 
@@ -39,6 +40,6 @@ async function launchOf({
 
 /** @returns milliseconds */
 export function parseLaunch(log: string): number | undefined {
-  const last = [...log.matchAll(/Launched in\D+(\d+) ms/g)].at(-1)
+  const last = [...stripVTControlCharacters(log).matchAll(/Launched in\D+(\d+) ms/g)].at(-1)
   return last && Number(last[1])
 }

@@ -37,7 +37,7 @@ import { inStartOrder, type Legacy } from './look.mts'
 import type { Migration } from './migration.mts'
 import { madeContainer, sharesData, startPostgresql, writeDatabaseFolder } from './newsetup.mts'
 import { copyRedis } from './redis.mts'
-import { copyUploads } from './uploads.mts'
+import { copyUploads, differingUploads } from './uploads.mts'
 
 export const uploadsOwner = { uid: strapiUid, gid: strapiUid }
 
@@ -266,6 +266,11 @@ async function copyLastUploads({ site, legacy }: Migration): Promise<void> {
   const { copied, removed } = await copyUploads(legacy.uploads, site.folders.uploads, uploadsOwner, {
     removesOthers: true,
   })
+  const left = await differingUploads(legacy.uploads, site.folders.uploads)
+  if (left.length > 0)
+    throw new Error(
+      `uploads still differ, although nobody should write to them: ${left.slice(0, 10).join(', ')}`,
+    )
   detail(`uploads that had changed meanwhile: ${copied} copied, ${removed} removed`)
 }
 

@@ -50,6 +50,8 @@ export async function uploadProblems(from: string, to: string): Promise<string[]
 
 function kindProblem(path: string): string | undefined {
   const found = lstatSync(path, { throwIfNoEntry: false })
+  // Node puts this sign where a name is not UTF-8, and then does not find it.
+  if (found === undefined && path.includes('\u{fffd}')) return 'has a name that is not UTF-8'
   return found === undefined || found.isFile()
     ? undefined
     : found.isDirectory()

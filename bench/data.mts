@@ -131,6 +131,7 @@ async function measureArchives(site: Site): Promise<Times> {
       )
       await archive.pass()
       await archive.pass()
+      await archive.settle()
       await archive.close([])
     }
     await inTurn(

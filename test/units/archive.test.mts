@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { run } from '../../scripts/lib/command.mts'
 import { createArchive } from '../../scripts/lib/data/archive.mts'
-import { uploadLines } from '../../scripts/lib/data/manifest.mts'
+import { sumOf, uploadLines } from '../../scripts/lib/data/manifest.mts'
 import { startSumThread } from '../../scripts/lib/data/sums.mts'
 import { archiveUploads } from '../../scripts/lib/data/uploads.mts'
 import { newFolder } from './site.mts'
@@ -29,15 +29,17 @@ test('an archive is what tar unpacks: content, time, long names, empty and large
     [`${'long-'.repeat(30)}é.png`, randomBytes(10)],
     [`${'x'.repeat(96)}.png`, randomBytes(10)],
   ]
-  await using archive = createArchive(join(folder, 'a.tar'))
+  const sums = new Map<string, string>()
+  await using archive = createArchive(join(folder, 'a.tar'), (file) => sums.set(file.name, file.sha256))
   for (const [name, content] of files) {
     await writeFile(join(folder, name), content)
     await utimes(join(folder, name), 1_700_000_000, 1_700_000_000)
     expect(await archive.addFile(join(folder, name), name)).toMatchObject({ sizeBytes: content.length })
   }
-  await archive.close()
+  expect(await archive.close()).toEqual(await sumOf(join(folder, 'a.tar')))
   const to = await unpacked(folder)
   for (const [name, content] of files) {
+    expect(sums.get(name), name).toBe(createHash('sha256').update(content).digest('hex'))
     expect((await readFile(join(to, name))).equals(content), name).toBe(true)
     expect((await stat(join(to, name))).mtimeMs).toBe(1_700_000_000_000)
   }
@@ -75,7 +77,7 @@ test.each([
     for (let times = 0; times < 5; times += 1)
       results.push(await archive.addFile(changing, `changing-${times}`))
     await archive.addFile(join(folder, 'calm'), 'calm')
-    await archive.close()
+    expect(await archive.close()).toEqual(await sumOf(join(folder, 'a.tar')))
     const to = await unpacked(folder)
     expect(await readFile(join(to, 'calm'), 'utf8')).toBe('calm')
     expect(results).toContainEqual({ skipped: 'changed each of the 5 times that it was read' })
@@ -164,7 +166,8 @@ test('uploads: what was replaced by something unreadable is missing, although it
 
 test('a thread of sums that has died refuses, and is not waited for', async () => {
   const thread = startSumThread()
-  const batch = () => ({ buffer: new ArrayBuffer(4), files: [{ at: 0, sizeBytes: 4 }] })
+  const pieces = [{ at: 0, sizeBytes: 4, isLast: true }]
+  const batch = () => ({ buffer: new ArrayBuffer(4), used: 4, pieces, goesBack: false, isMark: false })
   expect((await thread.reckon(batch())).sums).toEqual([
     createHash('sha256').update(Buffer.alloc(4)).digest('hex'),
   ])

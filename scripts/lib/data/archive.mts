@@ -1,5 +1,4 @@
 /** Writes a tar file entry by entry. A file that changes while it is read is read again, or left out and named: never cut. */
-import { createHash } from 'node:crypto'
 import {
   closeSync,
   constants,
@@ -12,7 +11,7 @@ import {
 } from 'node:fs'
 import { setImmediate as breathe } from 'node:timers/promises'
 import { Header, Pax } from 'tar'
-import type { UploadLine } from './manifest.mts'
+import type { FileSum, UploadLine } from './manifest.mts'
 import { startSumThread } from './sums.mts'
 
 export interface Added {
@@ -27,8 +26,8 @@ export interface Archive {
    * @returns what was added, or why nothing was
    */
   addFile(path: string, name: string): Promise<Added | { skipped: string }>
-  /** Writes the end of the archive. */
-  close(): Promise<void>
+  /** Writes the end of the archive. @returns size and sum of all of it */
+  close(): Promise<FileSum>
   /** Also for one that was given up: lets go of the file and the thread. */
   [Symbol.asyncDispose](): Promise<void>
   readonly sizeBytes: number
@@ -42,8 +41,8 @@ const buffers = 4
 const tries = 5
 
 /**
- * Small files are gathered in a buffer, headers and padding included, and written together; a second thread reckons their sums
- * meanwhile. Synchronous calls: for 12,000 small files promises cost three times as much.
+ * Files are gathered in a buffer, headers and padding included, and written together; a second thread reckons their sums, and that
+ * of the archive, meanwhile. Synchronous calls: for 12,000 small files promises cost three times as much.
  * @param onFile gets each file in the order of the archive, at the latest when that is closed
  */
 export function createArchive(
@@ -55,40 +54,46 @@ export function createArchive(
   const free = Array.from({ length: buffers - 1 }, () => new ArrayBuffer(bufferBytes))
   const underway: Promise<void>[] = []
   let buffer = Buffer.from(new ArrayBuffer(bufferBytes))
-  let gathered: { name: string; at: number; sizeBytes: number }[] = []
+  /** `file` where it ends. */
+  let pieces: { at: number; sizeBytes: number; file: Omit<UploadLine, 'sha256'> | undefined }[] = []
   let used = 0
   let written = 0
-
-  function write(bytes: Buffer): void {
-    for (let done = 0; done < bytes.length;) {
-      done += writeSync(archive, bytes, done, bytes.length - done, written + done)
-    }
-    written += bytes.length
-  }
+  // For the next batch.
+  let goesBack = false
+  let isMark = false
 
   /** Writes what was gathered, and has its sums reckoned. */
   async function flush(): Promise<void> {
     if (used === 0) return
-    write(buffer.subarray(0, used))
-    const files = gathered
+    for (let done = 0; done < used;) done += writeSync(archive, buffer, done, used - done, written + done)
+    written += used
+    const files = pieces.flatMap(({ file }) => file ?? [])
     const sums = thread.reckon({
       buffer: buffer.buffer,
-      files: files.map(({ at, sizeBytes }) => ({ at, sizeBytes })),
+      used,
+      pieces: pieces.map(({ at, sizeBytes, file }) => ({ at, sizeBytes, isLast: file !== undefined })),
+      goesBack,
+      isMark,
     })
     const told = sums.then((answer) => {
-      files.forEach(({ name, sizeBytes }, index) =>
-        onFile({ name, sizeBytes, sha256: answer.sums[index] ?? '' }),
-      )
+      files.forEach((file, index) => onFile({ ...file, sha256: answer.sums[index] ?? '' }))
       free.push(answer.buffer)
     })
     // Waited for later; until then nobody else would hear of a failure.
     told.catch(() => undefined)
     underway.push(told)
-    gathered = []
+    pieces = []
     used = 0
+    goesBack = false
+    isMark = false
     // The oldest ones may have come back long ago. All others are under way: one of them comes back, or throws.
     while (free.length === 0) await underway.shift()
     buffer = Buffer.from(free.pop() ?? new ArrayBuffer(bufferBytes))
+  }
+
+  function fill(bytes: number): void {
+    buffer.fill(0, used, used + bytes)
+    used += bytes
   }
 
   /** @returns whether the file was what it was said to be; if not, nothing was gathered */
@@ -100,37 +105,43 @@ export function createArchive(
     if (!readFull(from, buffer.subarray(at, at + before.size)) || !isSame(before, fstatSync(from)))
       return false
     header.copy(buffer, used)
-    buffer.fill(0, at + before.size, used + wholeBytes)
-    used += wholeBytes
-    gathered.push({ name, at, sizeBytes: before.size })
+    pieces.push({ at, sizeBytes: before.size, file: { name, sizeBytes: before.size } })
+    used = at + before.size
+    fill(padded(before.size) - before.size)
     return true
   }
 
   /** Piece by piece. The same answers; what was written of a file that changed is taken back. */
   async function copy(from: number, name: string, before: Stats): Promise<boolean> {
     await flush()
-    await Promise.all(underway)
     const start = written
-    const hash = createHash('sha256')
+    isMark = true
     let isWhole = false
     try {
-      write(headerOf(name, before))
-      for (let done = 0; done < before.size; done += bufferBytes) {
-        if (done % (32 * bufferBytes) === 0) await breathe()
-        const part = buffer.subarray(0, Math.min(bufferBytes, before.size - done))
+      used += headerOf(name, before).copy(buffer)
+      for (let done = 0; done < before.size;) {
+        if (used === bufferBytes) await flush()
+        if (done % (32 * bufferBytes) < bufferBytes) await breathe()
+        const part = buffer.subarray(used, Math.min(bufferBytes, used + before.size - done))
         if (!readFull(from, part)) return false
-        hash.update(part)
-        write(part)
+        done += part.length
+        const file = done === before.size ? { name, sizeBytes: done } : undefined
+        pieces.push({ at: used, sizeBytes: part.length, file })
+        used += part.length
       }
-      write(Buffer.alloc(padded(before.size) - before.size))
       isWhole = isSame(before, fstatSync(from))
-      if (isWhole) onFile({ name, sizeBytes: before.size, sha256: hash.digest('hex') })
+      if (isWhole) fill(padded(before.size) - before.size)
       return isWhole
     } finally {
       // Also after a read that failed half-way: what follows must not begin in the middle of a file.
       if (!isWhole) {
         ftruncateSync(archive, start)
+        // What has not been sent yet needs nothing to be taken back.
+        goesBack ||= !isMark
+        isMark = false
         written = start
+        pieces = []
+        used = 0
       }
     }
   }
@@ -165,8 +176,10 @@ export function createArchive(
     },
     async close() {
       await flush()
+      fill(emptyArchive.length)
+      await flush()
       await Promise.all(underway)
-      write(emptyArchive)
+      return { sizeBytes: written, sha256: await thread.finish() }
     },
     async [Symbol.asyncDispose]() {
       await thread.end()

@@ -180,7 +180,15 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
   }
   await writeFile(join(folder, 'RECOVERY.md'), recovery(site, job.name, manifest), { mode: 0o600 })
   const names = ['RECOVERY.md', ...parts.flatMap((part) => filesOfPart[part])]
-  for (const file of names) manifest.files[file] = await sumOf(join(folder, file))
+  const progress = { bytes: 0 }
+  await alive(
+    () => `reckoning sums, ${megabytes(progress.bytes)}`,
+    async () => {
+      for (const file of names)
+        manifest.files[file] =
+          file === 'uploads.tar' && uploads ? uploads.sum : await sumOf(join(folder, file), progress)
+    },
+  )
   await writeManifest(folder, manifest)
   return manifest
 }

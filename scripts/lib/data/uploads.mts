@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { setImmediate as breathe, setTimeout as pause } from 'node:timers/promises'
 import { detail, interrupted } from '../report.mts'
 import { createArchive, type Added } from './archive.mts'
-import { textOf } from './manifest.mts'
+import { textOf, type FileSum } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
 
 export interface UploadsArchive {
@@ -14,11 +14,57 @@ export interface UploadsArchive {
   settle(): Promise<void>
   /**
    * @param referenced names that a row of the snapshot refers to
-   * @returns what is in the archive, and the names that should be and are not, each with the reason
+   * @returns what is in the archive, its own sum, and the names that should be in it and are not, each with the reason
    */
-  close(referenced: string[]): Promise<{ files: number; bytes: number; missing: Map<string, string> }>
+  close(
+    referenced: string[],
+  ): Promise<{ files: number; bytes: number; sum: FileSum; missing: Map<string, string> }>
   [Symbol.asyncDispose](): Promise<void>
   readonly progress: { files: number; bytes: number }
+}
+
+/** What was added under which name. As objects, those of 120,000 files would take twice the memory. */
+class Looks {
+  readonly #places = new Map<string, number>()
+  /** Three for each place: size, time, inode. */
+  #numbers = new Float64Array(3 * 1024)
+  #next = 0
+
+  get size(): number {
+    return this.#places.size
+  }
+
+  has(name: string): boolean {
+    return this.#places.has(name)
+  }
+
+  get(name: string): Added | undefined {
+    const place = this.#places.get(name)
+    if (place === undefined) return undefined
+    const [sizeBytes = 0, mtimeMs = 0, inode = 0] = this.#numbers.subarray(3 * place)
+    return { sizeBytes, mtimeMs, inode }
+  }
+
+  set(name: string, { sizeBytes, mtimeMs, inode }: Added): void {
+    const place = this.#places.get(name) ?? this.#next++
+    this.#places.set(name, place)
+    if (3 * place >= this.#numbers.length) {
+      const larger = new Float64Array(2 * this.#numbers.length)
+      larger.set(this.#numbers)
+      this.#numbers = larger
+    }
+    this.#numbers.set([sizeBytes, mtimeMs, inode], 3 * place)
+  }
+
+  delete(name: string): void {
+    this.#places.delete(name)
+  }
+
+  bytes(): number {
+    let total = 0
+    for (const place of this.#places.values()) total += this.#numbers[3 * place] ?? 0
+    return total
+  }
 }
 
 /** Between two parts of a file that is being uploaded. */
@@ -38,7 +84,7 @@ export function archiveUploads(
     lines += textOf(file)
     if (lines.length > 65_536) flush()
   })
-  const known = new Map<string, Added>()
+  const known = new Looks()
   const skipped = new Map<string, string>()
   let recent: string[] = []
 
@@ -80,7 +126,7 @@ export function archiveUploads(
       }
     },
     async close(referenced) {
-      await archive.close()
+      const sum = await archive.close()
       flush()
       const lost = referenced.filter((name) => !known.has(name))
       const reasons = new Map(lost.map((name) => [name, 'is not there']))
@@ -91,12 +137,7 @@ export function archiveUploads(
         if (reasons.has(name) || !isPassing) reasons.set(name, reason)
         else detail(`uploads/${name} ${reason}, and no row refers to it: left out`)
       }
-      const sizes = [...known.values()].map(({ sizeBytes }) => sizeBytes)
-      return {
-        files: known.size,
-        bytes: sizes.reduce((total, size) => total + size, 0),
-        missing: reasons,
-      }
+      return { files: known.size, bytes: known.bytes(), sum, missing: reasons }
     },
     async [Symbol.asyncDispose]() {
       // Its last sums may come even now.

@@ -168,7 +168,7 @@ export async function swap(containerId: string, names: Swap): Promise<void> {
   for (let tries = 1; ; tries += 1) {
     try {
       await run(query(containerId, 'postgres', swapping(names)))
-      return
+      return await sleep(reconnectingMs)
     } catch (error) {
       // Somebody creates or drops a database just now.
       if (tries === 50 || !/lock timeout/.test(String(error))) throw error
@@ -176,6 +176,9 @@ export async function swap(containerId: string, names: Swap): Promise<void> {
     }
   }
 }
+
+/** Strapi makes its connections anew now, and visitors wait for them: whatever else needs the processors comes later. */
+const reconnectingMs = 300
 
 /** While the lock is waited for, everybody who connects waits, too. */
 function swapping({ live, hasLive, from, to, comment }: Swap): string {

@@ -308,9 +308,7 @@ describe('a restore', () => {
     const moments: [string, (event: Event) => boolean, number][] = [
       ['the swap is through', ({ event, step }) => event === 'step-done' && step === '5/6', 0],
       ['visitors are waited for', ({ event, step }) => event === 'step' && step === '6/6', 3000],
-      ['it puts uploads back', isSaid('putting replaced'), 0],
       ['it swaps back', isSaid('swapping the databases'), 0],
-      ['it has swapped back', isSaid('swapping the databases'), 160],
       ['it takes uploads out', isSaid('taking out the uploads'), 0],
     ]
     test.each(moments)('is taken back by the next run when it is killed while %s', async (_, at, delayMs) => {

@@ -15,7 +15,8 @@ export async function forbidBooting(site: Site): Promise<void> {
 /** Lets a slot come back, but for one that `forbidBooting` has kept from it and whose release still is not that of the database. */
 export async function allowBooting(site: Site, slot: SlotName): Promise<void> {
   const { master, slave } = await observe(site)
-  const { release } = slot === 'strapi-slave' ? slave : master
+  const { status, release } = slot === 'strapi-slave' ? slave : master
+  if (status === 'absent') return
   const expected = release === undefined ? undefined : await recordedSchema(site, release)
   const found = await readSchema(site)
   const isForbidden = !master.comesBack && !slave.comesBack

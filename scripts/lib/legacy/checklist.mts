@@ -26,8 +26,8 @@ interface Line {
 
 /** How many files are asked for at once. */
 const concurrency = 8
-/** Crons of most sites run at least every minute; others are looked for later. */
-const cronPatienceMs = 70_000
+/** Two turns of a cron that runs every minute, since one may be missed while Strapi boots; others are looked for later. */
+const cronPatienceMs = 130_000
 
 const lines: Line[] = [
   {

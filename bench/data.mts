@@ -24,8 +24,8 @@ Measures backup and restore of the example site on this machine, beside tar, pg_
 
   npm run bench:data   ports 18160 to 18164 must be free; needs 8 GB; removes all that it made
 
-  --reads N   what visitors ask the database in a second during restore and undo (default 200); with more than Strapi can
-              answer beside a restore, the gap that is measured is that of a queue`
+  --reads N   what visitors ask the database in a second during restore and undo (default 200), one question each; with more
+              than Strapi can answer beside a restore, the gap that is measured is that of a queue`
 
 const rounds = 4
 const files = { count: 12_000, bytes: 1_000_000_000 / 12_000 }
@@ -245,7 +245,12 @@ async function measureGaps(own: OwnSite, reads: number): Promise<Gaps> {
       [() => script(own, 'data', 'restore', '--only', 'database', '--yes'), gaps.restoreMs],
       [() => script(own, 'data', 'undo', '--yes'), gaps.undoMs],
     ] as const) {
-      const load = startLoad({ url: own.url, getsPerSecond: reads, postsPerSecond: 0 })
+      const load = startLoad({
+        url: own.url,
+        getsPerSecond: reads,
+        postsPerSecond: 0,
+        getPath: '/api/pings/newest',
+      })
       try {
         await sleep(1000)
         await action()

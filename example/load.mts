@@ -17,6 +17,8 @@ export interface LoadOptions {
   host?: string
   /** Half of them on kept connections, half on fresh ones. */
   getsPerSecond: number
+  /** What they ask for (one page of pings): answers JSON with a list as `data`. */
+  getPath?: string
   /** Half of them on kept connections, half on fresh ones; each stores a token of its own. */
   postsPerSecond: number
   /** POSTs whose body arrives in pieces over `slowBodyMs` (8000). */
@@ -275,11 +277,12 @@ function kindsOf(options: LoadOptions, newToken: () => Token): Kind[] {
     slowAnswerMs = 8000,
     uploadsPerSecond = 0,
     uploadBytes = 20 * 2 ** 20,
+    getPath = '/api/pings?pagination[pageSize]=1',
   } = options
 
   const read = (): Visit => ({
     method: 'GET',
-    path: '/api/pings?pagination[pageSize]=1',
+    path: getPath,
     isRight: (answer) => Array.isArray(at(answer, 'data')),
   })
 

@@ -149,15 +149,16 @@ async function isAlreadyThrough(migration: Migration): Promise<boolean> {
 /** What is done already is not done again; whether it is done then is seen by looking anew. */
 async function take(
   number: string,
-  { name, title, plan, isDone, act }: Step,
+  { name, title, plan, isDone, act, isRight = isDone }: Step,
   migration: Migration,
   isBehind = false,
 ): Promise<void> {
   await step(number, title, async () => {
     if (isBehind || (await isDone?.(migration))) return detail('done already')
     if (report.isDryRun()) return detail(`would ${await plan(migration)}`)
+    const since = Date.now()
     await act(migration)
-    if (!isDone || (await isDone(await seeAgain(migration)))) return
+    if (!isRight || (await isRight(await seeAgain(migration), since))) return
     const hasImpact = impact.some((one) => one.name === name)
     throw new Problem(
       hasImpact ? exitCodes.degraded : exitCodes.failed,

@@ -3,7 +3,7 @@ import { rmSync, writeFileSync } from 'node:fs'
 import { copyFile, mkdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
@@ -62,17 +62,30 @@ describe('before anything is changed', () => {
     await expectRefused([message], options)
   })
 
-  test('no password of Redis: one clear message, nothing changed', async () => {
+  test('no password of Redis, a name of ours, a port that is taken: one clear message each, nothing changed', async () => {
     const file = join((await volumeFolder()) ?? '', 'redis_password.txt')
     const env = join(legacy.source, '.env')
     const text = (await readText(env)) ?? ''
+    const postgresql = `${legacy.prefix}postgresql`
+    const server = createServer().listen(18_403, '127.0.0.1')
+    await once(server, 'listening')
     await rename(file, `${file}.away`)
     await writeFile(env, text.replace(/^REDIS_PASSWORD=.*$/m, ''))
+    await run(['docker', 'rename', postgresql, `legacy-${postgresql}`])
     try {
-      await expectRefused([/the password of .* is neither in/], ['--yes'])
+      await expectRefused(
+        [
+          /the password of .* is neither in/,
+          /the name of legacy-.*postgresql is one that this migration gives/,
+          /port 127\.0\.0\.1:18403 \(SLAVE_PORT\) is taken/,
+        ],
+        ['--yes'],
+      )
     } finally {
+      await run(['docker', 'rename', `legacy-${postgresql}`, postgresql])
       await rename(`${file}.away`, file)
       await writeFile(env, text)
+      server.close()
     }
   })
 
@@ -265,6 +278,13 @@ describe('a migration', () => {
     expect(outcome.code, outcome.stderr).toBe(0)
   })
 
+  test('says what a way back and an end for good would do, and changes nothing', async () => {
+    const before = await worldOf(legacy)
+    for (const option of ['--rollback', '--finalize'])
+      expect((await mustSucceed(legacy.migrate(option, '--dry-run'))).stdout).toMatch(/Nothing was changed/)
+    expect(await worldOf(legacy)).toEqual(before)
+  })
+
   test('goes back: rows and uploads made since stay, and a set has them, too', async () => {
     await legacy.sql(`INSERT INTO things (name) VALUES ('made since')`, true)
     await writeFile(join(legacy.own.folder, 'uploads/since.jpg'), 'since')
@@ -317,6 +337,24 @@ describe('a migration', () => {
     expect(await legacy.sql(allRows)).toBe(rows)
   })
 
+  test('is seen without its journal, and goes on and back without it', async () => {
+    const journal = join(dirname(legacy.own.envFile), '.state/migration.jsonl')
+    await mustSucceed(legacy.migrate('--until', 'build'))
+    await rm(journal)
+    await mustSucceed(legacy.migrate('--until', 'switch', '--yes'))
+    await rm(journal)
+    expect(await stateOf(legacy)).toBe('served')
+    const outcome = await legacy.migrate('--yes')
+    // What was counted before is the one thing that nobody can see any more.
+    expect([outcome.code, outcome.stderr]).toEqual([3, expect.stringContaining('were not compared')])
+    expect(outcome.stdout.match(/\[x\]/g)).toHaveLength(6)
+    await expectMigrated(legacy)
+    await rm(journal)
+    await mustSucceed(legacy.migrate('--rollback', '--yes'))
+    await expectLegacy(legacy)
+    expect(await legacy.sql(allRows)).toBe(rows)
+  })
+
   test('to an image that does not start brings the legacy site back by itself', async () => {
     await mustSucceed(legacy.migrate('--until', 'settings'))
     await legacy.site.behave({ exitAtOnce: true })
@@ -336,7 +374,11 @@ describe('a migration', () => {
       const before = await sumsOf(legacy.uploads)
       const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))
       if (step !== 'check') expect(stdout).not.toContain('8/8')
-      await mustSucceed(legacy.migrate('--rollback', '--yes'))
+      const back = await mustSucceed(legacy.migrate('--rollback', '--yes'))
+      // What a step has left is said with the command that is its undo.
+      expect(back.stdout).toContain(
+        `To be rid of it: rm -r ${join(legacy.own.folder, 'uploads')}; docker image rm`,
+      )
       await expectLegacy(legacy)
       expect(await legacy.sql(allRows)).toBe(rows)
       expect(await sumsOf(legacy.uploads)).toEqual(before)

@@ -22,25 +22,32 @@ export async function archiveConfig(files: ConfigFile[], tarPath: string): Promi
 
 export async function configFiles(site: Site): Promise<ConfigFile[]> {
   const docker = join(site.root, 'docker')
-  const services = await Promise.all(
-    ['strapi', 'postgresql', 'redis', 'livekit'].map((name) => filesOf(docker, name)),
-  )
-  const optional: [string, string | undefined][] = [
-    ['secrets/firebase', site.values.FIREBASE_CREDENTIALS],
-    ['secrets/apns', site.values.APNS_KEY],
-  ]
-  const credentials = optional.flatMap(([name, path]): ConfigFile[] =>
-    path && path !== '/dev/null' ? [[name, resolve(docker, path)]] : [],
-  )
   const nginx = await stat(site.nginx.confFile).catch(() => undefined)
   return [
     ['docker/.env', site.envFile],
     ['strapi/.env', join(site.source, '.env')],
     ['docker/docker-compose.yml', join(docker, 'docker-compose.yml')],
-    ...services.flat(),
+    ...(await serviceFiles(docker)),
     ...(nginx ? [[`nginx/${site.nginx.serverName}.conf`, site.nginx.confFile] satisfies ConfigFile] : []),
-    ...credentials,
+    ...credentialFiles(site.values, docker),
   ]
+}
+
+/** What the images are built from and the services are told, by the folders beside the compose file. */
+export async function serviceFiles(docker: string): Promise<ConfigFile[]> {
+  const services = ['strapi', 'postgresql', 'redis', 'livekit']
+  return (await Promise.all(services.map((name) => filesOf(docker, name)))).flat()
+}
+
+/** Firebase and APNs, where they are set. @param docker folder that their paths are relative to */
+export function credentialFiles(values: Record<string, string>, docker: string): ConfigFile[] {
+  const optional: [string, string | undefined][] = [
+    ['secrets/firebase', values.FIREBASE_CREDENTIALS],
+    ['secrets/apns', values.APNS_KEY],
+  ]
+  return optional.flatMap(([name, path]): ConfigFile[] =>
+    path && path !== '/dev/null' ? [[name, resolve(docker, path)]] : [],
+  )
 }
 
 async function filesOf(docker: string, service: string): Promise<ConfigFile[]> {

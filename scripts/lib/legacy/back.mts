@@ -141,8 +141,26 @@ export async function rollBack(migration: Migration): Promise<void> {
   })
   await note(site, { backup: '', areRowsSame: false, restoredSet: '', isSwitching: false, hasServed: false })
   say(
-    `Done: the legacy set-up serves. What was prepared stays: ${site.envFile}, ${site.folders.uploads}, images, sets.\nAgain: ${scriptCommand('migrate', site.envFile, `--from ${legacy.folder}`)}`,
+    `Done: the legacy set-up serves. Again: ${scriptCommand('migrate', site.envFile, `--from ${legacy.folder}`)}`,
   )
+  const commands = await leftovers(migration)
+  if (commands.length > 0)
+    say(`What was prepared stays for that, as the settings do. To be rid of it: ${commands.join('; ')}`)
+}
+
+/** Commands that undo the steps before the switch, but for what only they have. */
+async function leftovers({ site, legacy }: Migration): Promise<string[]> {
+  const { uploads } = site.folders
+  const isThere = existsSync(uploads)
+  const own = isThere
+    ? (await differingUploads(legacy.uploads, uploads)).filter((name) => existsSync(join(uploads, name)))
+    : []
+  if (own.length > 0) detail(`${uploads} holds what the legacy set-up does not have:${listed(own)}`)
+  const images = (await engine.tags(site.image)).map(({ tag }) => `${site.image}:${tag}`)
+  return [
+    ...(isThere && own.length === 0 ? [`rm -r ${uploads}`] : []),
+    ...(images.length > 0 ? [`docker image rm ${images.join(' ')}`] : []),
+  ]
 }
 
 /** The settings of another site that is live must not be taken for what was prepared. @throws Problem (usage) */

@@ -95,6 +95,12 @@ export async function look(
     const kind = kinds.find(([, pattern]) => pattern.test(name))?.[0]
     const own = container.HostConfig.RestartPolicy.Name
     const restart = own !== 'no' && own !== '' ? own : (policies[name] ?? 'no')
+    // The way back would take that off.
+    if (container.Name.startsWith(`/${retiredPrefix}`) && isRunning({ container }) && !isRetired)
+      add(
+        `the name of ${nameOf({ container })} is one that this migration gives to what is out of service`,
+        `docker rename ${nameOf({ container })} ${nameOf({ container }).slice(retiredPrefix.length)}`,
+      )
     if (kind && !found[kind]) found[kind] = { name, container, restart }
     // Looked at before; what has come since is none of ours.
     else if (!isRetired)

@@ -5,13 +5,13 @@ import type { Finding } from '../checks.mts'
 import { databaseNeeds, freeBytes, megabytes, needRoom } from '../data/room.mts'
 import { folderBytes } from '../data/uploads.mts'
 import * as engine from '../engine.mts'
-import { readText } from '../envfile.mts'
+import { readText, setValues } from '../envfile.mts'
 import { isSameFolder, nearestFolder } from '../folders.mts'
 import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
 import { addToResult, detail, exitCodes, explain, Problem, warn } from '../report.mts'
-import { exampleFile, scriptCommand, withEnvironment, type Site } from '../settings.mts'
+import { exampleFile, loadSite, scriptCommand, withEnvironment, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
@@ -46,7 +46,7 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   const noted = await notes({ stateDir: resolve(envFile, '../.state') })
   const legacy = await look(folder, leave, noted)
   if (Array.isArray(legacy)) {
-    if (!noted.final) throw refusal(folder, [...legacy, ...(await softwareProblems())])
+    if (!noted.final) throw refusal(folder, [...legacy, ...(await problemsOfSettings(envFile))])
     throw new Problem(
       exitCodes.usage,
       `the migration was ended for good on ${noted.at?.slice(0, 10)}`,
@@ -170,33 +170,63 @@ async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> 
       'POSTGRES_VOLUME is the folder that the legacy PostgreSQL works in',
       `Take it out of ${site.envFile} and of the environment: whether the data can stay is found out.`,
     )
-  const { master, slave } = await observe(site)
-  if ([master, slave].some(({ status }) => status !== 'absent' && status !== 'stopped'))
-    add(
-      `a Strapi of the project ${site.project} runs already: ${site.envFile} is of a site that is live`,
-      'Migrate with another --env-file, with names, folders and ports of its own in it.',
-    )
-  const wanted = Number(/:(?:v)?(\d+)/.exec(site.values.POSTGRES_IMAGE ?? '')?.[1])
-  if (wanted < (legacy.database.major ?? 0))
+  if (postgresqlOf(site) < (legacy.database.major ?? 0))
     add(
       `the data is of PostgreSQL ${legacy.database.major}, which ${site.values.POSTGRES_IMAGE} cannot read`,
       `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${legacy.database.major} or newer.`,
     )
-  if (wanted < 16)
-    add('PostgreSQL 16 or newer is needed here', `Set POSTGRES_IMAGE in ${site.envFile} to one.`)
   for (const problem of (await uploadProblems(legacy.uploads, site.folders.uploads)).slice(0, 20))
     add(problem, 'Mend or remove it, then run this again.')
-  for (const [key, address] of ports(site, legacy))
-    if (!(await isFree(address)))
-      add(
-        `port ${address} (${key}) is taken`,
-        `ss -ltnp 'sport = :${address.split(':').at(-1)}'   shows by whom`,
-      )
-  problems.push(...(await softwareProblems()))
-  const obstacle = await isInstallable(site)
-  if (obstacle) add(obstacle, 'nginx is the way of the visitors: it must be there before.')
+  problems.push(...(await problemsOfNew(site, portOf(legacy.address))))
   const short = await roomProblem(legacy, site)
   if (short) add(short, 'Make room, or choose other folders.')
+  return problems
+}
+
+/** Where the legacy set-up itself is not understood: so that one round tells all. */
+async function problemsOfSettings(envFile: string): Promise<Finding[]> {
+  const text = (await readText(envFile)) ?? (await readText(exampleFile)) ?? ''
+  const values = parse(text)
+  // Those that it would have told.
+  const untold = ['POSTGRES_PASSWORD', 'REDIS_PASSWORD'].filter((key) => !values[key])
+  const told = setValues(text, Object.fromEntries(untold.map((key) => [key, 'of-the-legacy-set-up'])))
+  try {
+    const site = await loadSite(envFile, { text: told })
+    return await problemsOfNew(site, portOf(site.slots['strapi-master'].address))
+  } catch (error) {
+    const software = await softwareProblems()
+    return [...software, { problem: explain(error), fix: `Edit ${envFile}.` }]
+  }
+}
+
+/** @param legacyPort which the legacy Strapi may hold */
+async function problemsOfNew(site: Site, legacyPort: string | undefined): Promise<Finding[]> {
+  const problems = await softwareProblems()
+  const add = (problem: string, fix: string) => problems.push({ problem, fix })
+  // Without an engine nothing runs.
+  const slots = await observe(site).then(
+    ({ master, slave }) => [master, slave],
+    () => [],
+  )
+  if (slots.some(({ status }) => status !== 'absent' && status !== 'stopped')) {
+    add(
+      `a Strapi of the project ${site.project} runs already: ${site.envFile} is of a site that is live`,
+      'Migrate with another --env-file, with names, folders and ports of its own in it.',
+    )
+    return problems
+  }
+  if (postgresqlOf(site) < 16)
+    add('PostgreSQL 16 or newer is needed here', `Set POSTGRES_IMAGE in ${site.envFile} to one.`)
+  const ports = {
+    MASTER_PORT: site.slots['strapi-master'].address,
+    SLAVE_PORT: site.slots['strapi-slave'].address,
+    CONTROL_PORT: site.nginx.control,
+  }
+  for (const [key, address] of Object.entries(ports))
+    if (portOf(address) !== legacyPort && !(await isFree(address)))
+      add(`port ${address} (${key}) is taken`, `ss -ltnp 'sport = :${portOf(address)}'   shows by whom`)
+  const obstacle = await isInstallable(site)
+  if (obstacle) add(obstacle, 'nginx is the way of the visitors: it must be there before.')
   return problems
 }
 
@@ -204,14 +234,12 @@ async function softwareProblems(): Promise<Finding[]> {
   return (await missingSoftware()).map(({ name, fix }) => ({ problem: `${name} is missing`, fix }))
 }
 
-/** Those that nobody may hold, but the legacy Strapi its own. */
-function ports(site: Site, legacy: Legacy): [string, string][] {
-  const all: [string, string][] = [
-    ['MASTER_PORT', site.slots['strapi-master'].address],
-    ['SLAVE_PORT', site.slots['strapi-slave'].address],
-    ['CONTROL_PORT', site.nginx.control],
-  ]
-  return all.filter(([, address]) => address.split(':').at(-1) !== legacy.address.split(':').at(-1))
+function postgresqlOf({ values }: Site): number {
+  return Number(/:(?:v)?(\d+)/.exec(values.POSTGRES_IMAGE ?? '')?.[1])
+}
+
+function portOf(address: string): string | undefined {
+  return address.split(':').at(-1)
 }
 
 /** The set, the copy of the uploads, and a second database in case it has to go by dump and restore. */

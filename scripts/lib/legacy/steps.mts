@@ -1,12 +1,12 @@
 /** The steps of the migration: each says by looking whether it is done, does it, and may be killed and repeated at any moment. */
-import { existsSync } from 'node:fs'
+import { existsSync, statSync } from 'node:fs'
 import { copyFile, rename } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { build, pin } from '../actions.mts'
 import { run } from '../command.mts'
 import * as compose from '../compose.mts'
 import { endSessions, makeBackup } from '../data/backup.mts'
-import type { ConfigFile } from '../data/config.mts'
+import { credentialFiles, serviceFiles, type ConfigFile } from '../data/config.mts'
 import { parts, readManifest } from '../data/manifest.mts'
 import { megabytes } from '../data/room.mts'
 import { setFolder } from '../data/sets.mts'
@@ -27,7 +27,7 @@ import { redisMajor } from './redis.mts'
 import { differences, freshDatabaseFolder, isCopyOld, writeSettings } from './settings.mts'
 import { removeNew, startPostgresql } from './newsetup.mts'
 import { isSwitched, legacyView, switchOver, uploadsOwner } from './switch.mts'
-import { copyUploads, newProgress } from './uploads.mts'
+import { copyUploads, differingUploads, newProgress } from './uploads.mts'
 
 export interface Step {
   /** For --until. */
@@ -35,9 +35,11 @@ export interface Step {
   title: string
   /** What a dry run says. */
   plan: (migration: Migration) => string | Promise<string>
-  /** Missing where to look costs as much as to do it. */
+  /** Already done? Missing for a build: only to build it tells, from the engine's cache. */
   isDone?: (migration: Migration) => Promise<boolean>
   act: (migration: Migration) => Promise<void>
+  /** Really done? Where that is another question than `isDone`. @param since when it was begun, in ms since 1970 */
+  isRight?: (migration: Migration, since: number) => Promise<boolean>
 }
 
 /** Nobody notices. */
@@ -66,13 +68,18 @@ export const preparation: Step[] = [
     title: 'Copy the uploads, while the legacy site runs',
     plan: ({ legacy, site }) =>
       `copy ${legacy.uploads} to ${site.folders.uploads}, and compare the SHA-256 of each file`,
+    isDone: async ({ legacy, site }) =>
+      existsSync(site.folders.uploads) &&
+      (await differingUploads(legacy.uploads, site.folders.uploads)).length === 0,
     act: copyAll,
+    isRight: isCopied,
   },
   {
     name: 'build',
     title: 'Build the new images, make the containers, start nothing that collides',
     plan: ({ site }) => `build ${site.image} from ${site.source}, PostgreSQL and Redis`,
     act: buildAll,
+    isRight: isPrepared,
   },
 ]
 
@@ -117,15 +124,19 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
     join(legacy.folder, '.env'),
     join(legacy.folder, 'strapi/Dockerfile'),
   ]
-  for (const path of beside.filter((one) => existsSync(one) && !existsSync(`${one}.backup`))) {
-    await copyFile(path, `${path}.backup.new`)
-    await rename(`${path}.backup.new`, `${path}.backup`)
+  for (const path of beside.filter((one) => existsSync(one))) {
+    const kept = await readText(`${path}.backup`)
+    if (kept === undefined) {
+      await copyFile(path, `${path}.backup.new`)
+      await rename(`${path}.backup.new`, `${path}.backup`)
+    } else if (kept !== (await readText(path)))
+      detail(`${path}.backup was there before, is another one and stays; as it is now it is in the set`)
   }
   const { live } = legacy.database
   if (!live) throw new Error('the legacy PostgreSQL does not run')
   const ended = await endSessions(live.server)
   if (ended > 0) detail(`ended ${ended} sessions that an earlier run left in PostgreSQL`)
-  const origin = { server: live.server, configFiles: configFiles(legacy, nginx) }
+  const origin = { server: live.server, configFiles: await configFiles(legacy, nginx) }
   const { name, manifest } = await makeBackup(legacyView(site, legacy), [...parts], { origin })
   await rememberProven(site, name)
   await note(site, { backup: name })
@@ -133,14 +144,25 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
   for (const line of manifest.missing) warn(`missing in the legacy site already: ${line}`)
 }
 
-function configFiles(legacy: Legacy, nginx: LegacyNginx): ConfigFile[] {
+async function configFiles(legacy: Legacy, nginx: LegacyNginx): Promise<ConfigFile[]> {
+  const { folder, source, services, settings } = legacy
   const files: ConfigFile[] = [
-    ['docker/.env', join(legacy.folder, '.env')],
-    ['strapi/.env', join(legacy.source, '.env')],
-    ...legacy.composeFiles.map((path): ConfigFile => [`docker/${relative(legacy.folder, path)}`, path]),
+    ['docker/.env', join(folder, '.env')],
+    ['strapi/.env', join(source, '.env')],
+    ...legacy.composeFiles.map((path): ConfigFile => [`docker/${relative(folder, path)}`, path]),
+    ...(await serviceFiles(folder)),
     ...nginx.files.map((path): ConfigFile => [`nginx${path}`, path]),
+    ...credentialFiles(settings, folder),
   ]
-  return files.filter(([, path]) => existsSync(path))
+  // Data may lie beside the configuration.
+  const mounted = [services.postgresql, services.redis].flatMap(({ container }) => container.Mounts)
+  const data = [source, ...mounted.map(({ Source }) => Source).filter((path) => isFolder(path))]
+  const isData = (path: string) => data.some((one) => path.startsWith(`${one}/`))
+  return files.filter(([name, path]) => existsSync(path) && (name === 'strapi/.env' || !isData(path)))
+}
+
+function isFolder(path: string): boolean {
+  return statSync(path, { throwIfNoEntry: false })?.isDirectory() ?? false
 }
 
 async function areSettingsDone(migration: Migration): Promise<boolean> {
@@ -179,6 +201,15 @@ async function copyAll({ legacy, site }: Migration): Promise<void> {
   detail(`${files} files: ${copied} copied (${megabytes(bytes)}), the SHA-256 of each compared`)
 }
 
+/** What editors have changed since is for the pass that comes when Strapi has stopped. */
+async function isCopied({ legacy, site }: Migration, since: number): Promise<boolean> {
+  const different = await differingUploads(legacy.uploads, site.folders.uploads)
+  return different.every((name) => {
+    const source = statSync(join(legacy.uploads, name), { throwIfNoEntry: false })
+    return source === undefined || source.ctimeMs >= since
+  })
+}
+
 async function buildAll(migration: Migration): Promise<void> {
   const { site } = migration
   // Also what was built before: somebody may have mended it since. What has not changed comes from the cache.
@@ -198,6 +229,22 @@ async function buildAll(migration: Migration): Promise<void> {
   await refuseOlderRedis(migration)
   if (reason !== undefined) await warnOfOthers(migration)
   await makeContainers(migration, reason === undefined)
+}
+
+/** Each service has a container of the image that is there under its name now, and what would collide does not run. */
+async function isPrepared({ site }: Migration): Promise<boolean> {
+  const services = ['postgresql', 'redis', 'strapi-master'] as const
+  const found = await Promise.all(services.map((service) => engine.serviceContainers(site.project, service)))
+  const images = await Promise.all(
+    found.flat().map(async (one) => (await engine.image(one.Config.Image))?.Id === one.Image),
+  )
+  const [, [redis] = [], [master] = []] = found
+  return (
+    images.length === services.length &&
+    images.every(Boolean) &&
+    [redis, master].every((one) => one?.State.Status === 'created') &&
+    master?.Config.Image === `${site.image}:${site.release}`
+  )
 }
 
 async function refuseOlderRedis({ site, legacy }: Migration): Promise<void> {

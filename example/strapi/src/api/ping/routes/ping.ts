@@ -8,6 +8,7 @@ const router: Core.RouterInput = {
   routes: [
     { method: 'GET', path: '/pings', handler: 'api::ping.ping.find', config: open },
     { method: 'POST', path: '/pings', handler: 'api::ping.ping.create', config: open },
+    { method: 'GET', path: '/pings/newest', handler: 'api::ping.ping.newest', config: open },
     { method: 'GET', path: '/pings/slow', handler: 'api::ping.ping.slow', config: open },
     { method: 'POST', path: '/pings/echo', handler: 'api::ping.ping.echo', config: open },
   ],

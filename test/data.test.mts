@@ -411,6 +411,38 @@ describe('a backup that cannot be made', () => {
     }
   })
 
+  test('because it is a dry run says what it would do, as all other commands do, and changes nothing', async () => {
+    const name = await makeSet()
+    const file = join(own.folder, 'dry.tar')
+    await mustSucceed(own.run('data', 'export', name, file))
+    const commands: [string[], RegExp][] = [
+      [[], /would write database, uploads, config to a set in .*, and read it back/],
+      [['list'], new RegExp(name)],
+      [['verify'], /would read \S+ to its end/],
+      [['verify', '--deep'], /would read \S+ to its end, restore its dump for a look/],
+      [['restore'], /Nothing was changed/],
+      [['prune'], /stays: /],
+      [['export', name, join(own.folder, 'again.tar')], /would write \S+ to \S+again\.tar/],
+      [['import', file], /would take a set from /],
+      [['schedule'], /would /],
+      [['schedule', '--remove'], /./],
+    ]
+    const before = await everything()
+    for (const [command, says] of commands) {
+      const { stdout } = await mustSucceed(own.run('data', ...command, '--dry-run'))
+      expect(stdout, command.join(' ')).toMatch(says)
+    }
+    expect(await everything()).toEqual(before)
+    await unlink(file)
+  })
+
+  /** Files with size and time of change, but for what PostgreSQL and nginx write all the time; databases. */
+  async function everything(): Promise<unknown> {
+    const files = await run(['find', own.folder, '-printf', '%P %m %s %T@ %C@\\n'])
+    const still = files.split('\n').filter((line) => !/^(postgresql|nginx|traffic)(\/| )/.test(line))
+    return [still.toSorted(), await sql('SELECT datname FROM pg_database ORDER BY 1')]
+  }
+
   test.each([
     [['backup', '--only', 'photos'], '--only does not know "photos"'],
     [['burn'], 'unexpected: burn'],

@@ -473,9 +473,19 @@ describe('a restore', () => {
     await rename(setFolder(site, set), join(own.folder, 'aside'))
     try {
       await mustSucceed(own.run('data', 'prune'))
-      expect((await ids()).length).toBeGreaterThan(0)
+      const before = await ids()
+      expect(before.length).toBeGreaterThan(0)
       await own.set({ RESTORE_KEEP_DAYS: '0' })
       await sleep(1100)
+      // While the newest set is damaged, what was replaced may be all that is good.
+      const newest = setFolder(site, await makeSet('--only', 'config'))
+      await run(['chmod', '-R', 'u+w', newest])
+      await unlink(join(newest, 'config.tar'))
+      expect((await own.run('data', 'verify')).code).toBe(1)
+      const alarmed = await own.run('data', 'prune')
+      expect([alarmed.code, alarmed.stderr]).toEqual([3, expect.stringContaining('is damaged: nothing goes')])
+      expect(await ids()).toEqual(before)
+      await rm(newest, { recursive: true })
       for (const point of ['dropped', 'removed what restore']) {
         const { outcome } = own.begin('data', ['prune'], ({ message }, child) => {
           if (message.startsWith(point)) child.kill('SIGKILL')

@@ -41,6 +41,15 @@ export const settingChecks: Check[] = [
   },
   { title: 'both .env files', check: async (site) => compareEnvs(site) },
   {
+    title: 'schema of the database',
+    check: async (site) => {
+      const { DATABASE_SCHEMA: schema = '' } = (await readEnv(join(site.source, '.env'))) ?? {}
+      const problem = `DATABASE_SCHEMA is ${schema}: in public alone these scripts see which uploads rows refer to, and what a release changes`
+      const fix = `move the tables to public, and set it in ${join(site.source, '.env')}; until then a backup names no missing upload, and a rollback or restore to another schema is not refused`
+      return ['', 'public'].includes(schema) ? [] : [{ problem, fix, onlyWarn: true }]
+    },
+  },
+  {
     title: 'secrets',
     check: async (site) => {
       const keys = [

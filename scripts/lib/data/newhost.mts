@@ -194,7 +194,7 @@ async function writeSettings({ envFile }: NewHost, { config, settings, applicati
 }
 
 /** Files of services, which belong to the version of this project: named, not overwritten. */
-async function differingConfig(config: Map<string, Buffer>): Promise<string[]> {
+export async function differingConfig(config: Map<string, Buffer>): Promise<string[]> {
   const others: string[] = []
   for (const [name, content] of config) {
     if (!name.startsWith('docker/') || name === 'docker/.env') continue

@@ -2,7 +2,7 @@
 import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
-import { existsSync } from 'node:fs'
+import { closeSync, existsSync, openSync, readdirSync, writeSync } from 'node:fs'
 import {
   chmod,
   cp,
@@ -376,6 +376,23 @@ describe('a backup that cannot be made', () => {
       await restart()
     }
     await makeSet()
+  })
+
+  test('because the disk gives back something else than was written leaves nothing, and says so', async () => {
+    const before = await listSets(site)
+    const { outcome } = own.begin('data', ['backup'], ({ message }) => {
+      // By now the archive of the uploads is closed, and its sum known.
+      if (message !== 'dumping roles.sql') return
+      const [partial = ''] = readdirSync(site.folders.backups).filter((name) => name.startsWith('.partial-'))
+      const file = openSync(join(site.folders.backups, partial, 'uploads.tar'), 'r+')
+      writeSync(file, 'X', 600)
+      closeSync(file)
+    })
+    const { code, events } = await outcome
+    expect(code).toBe(1)
+    expect(String(events.at(-1)?.error)).toMatch(/reads back differently: uploads\.tar/)
+    expect(await listSets(site)).toEqual(before)
+    await expectNothingHalfMade()
   })
 
   test('because of Ctrl-C leaves nothing half-made, exit code 130', async () => {

@@ -1,183 +1,48 @@
 /** What was backed up comes back, row by row and byte by byte, while visitors are served; and it can be taken back. */
 import { execFileSync } from 'node:child_process'
-import { createHash, randomBytes } from 'node:crypto'
-import { existsSync } from 'node:fs'
-import {
-  chown,
-  cp,
-  mkdir,
-  mkdtemp,
-  readdir,
-  readFile,
-  rename,
-  rm,
-  stat,
-  unlink,
-  writeFile,
-} from 'node:fs/promises'
+import { randomBytes } from 'node:crypto'
+import { cp, mkdir, mkdtemp, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join, relative } from 'node:path'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
-import { orphans, run } from '../scripts/lib/command.mts'
-import { compose, query } from '../scripts/lib/compose.mts'
+import { run } from '../scripts/lib/command.mts'
+import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { createArchive } from '../scripts/lib/data/archive.mts'
 import { healthyPostgresql } from '../scripts/lib/data/backup.mts'
 import { readManifest, sumOf, writeManifest, type Manifest } from '../scripts/lib/data/manifest.mts'
 import { setFolder } from '../scripts/lib/data/sets.mts'
 import { ownFolder } from '../scripts/lib/data/untar.mts'
-import { filesBelow } from '../scripts/lib/data/uploads.mts'
-import { loadSite, projectRoot, type Site } from '../scripts/lib/settings.mts'
-import { logIn, registerAdmin, seePicture } from './admin.mts'
-import {
-  damages,
-  expectUnseen,
-  mustSucceed,
-  resultOf,
-  secretsOf,
-  strapiSite,
-  type Event,
-  type TestSite,
-} from './harness.mts'
+import { projectRoot, type Site } from '../scripts/lib/settings.mts'
+import { logIn, seePicture } from './admin.mts'
+import { damages, expectUnseen, mustSucceed, resultOf, secretsOf, type TestSite } from './harness.mts'
+import { filesOfSet, siteToRestore, type State } from './sites.mts'
 
+const {
+  begin,
+  postgresql,
+  sql,
+  makeSet,
+  state,
+  spoil,
+  killed,
+  expectServed,
+  expectNothingHalfMade,
+  dataFolder,
+} = siteToRestore(18_340)
 let own: TestSite
 let site: Site
 let apiToken = ''
 let picture = { name: '', url: '' }
 let firebase = ''
-/** The set that the tests restore, and what was live when it was made. */
 let set = ''
 let saved: State
 
 beforeAll(async () => {
-  own = await strapiSite(18_340)
-  firebase = join(own.folder, 'firebase.json')
-  await writeFile(firebase, '{"key":"of Firebase"}', { mode: 0o400 })
-  await chown(firebase, 1000, 1000)
-  await own.set({ FIREBASE_CREDENTIALS: firebase })
-  await mustSucceed(own.run('deploy'))
-  site = await loadSite(own.envFile)
-  const admin = await registerAdmin(own.url)
-  picture = await admin.upload('favicon.png', await readFile(join(site.source, 'favicon.png')))
-  apiToken = await admin.createApiToken()
-  for (let number = 0; number < 200; number += 1)
-    await writeFile(join(site.folders.uploads, `picture_${number}.png`), randomBytes(20_000))
-  await mkdir(join(site.folders.uploads, 'folder'))
-  await writeFile(join(site.folders.uploads, 'folder/inside.png'), randomBytes(1000))
-  await sql("INSERT INTO pings (token) SELECT 'token-' || n FROM generate_series(1, 500) AS n")
-  const name = `"${site.database.name}"`
-  await sql(`CREATE TABLE "we|ird" AS SELECT 1 AS a; CREATE ROLE reader; CREATE ROLE stranger; REVOKE CONNECT ON DATABASE ${name} FROM PUBLIC;
-    GRANT CONNECT ON DATABASE ${name} TO reader; ALTER DATABASE ${name} SET app.motto = 'it''s';
-    ALTER ROLE reader IN DATABASE ${name} SET search_path = "$user", public`)
-  set = await makeSet()
-  saved = await state()
+  ;({ own, site, set, saved, apiToken, picture, firebase } = await begin())
 })
 afterAll(() => own.remove())
-
-async function postgresql(): Promise<string> {
-  const [found] = await engine.serviceContainers(own.project, 'postgresql')
-  return found?.Id ?? ''
-}
-
-async function sql(text: string, database = site.database.name): Promise<string> {
-  return (await run(query(await postgresql(), database, text))).trim()
-}
-
-async function makeSet(...options: string[]): Promise<string> {
-  return String(resultOf(await mustSucceed(own.begin('data', ['backup', ...options]).outcome)).set)
-}
-
-interface State {
-  /** Its parameters, those of roles in it, and who may connect to it. */
-  properties: string
-  /** Count and digest of all rows, by table. */
-  rows: Record<string, string>
-  /** SHA-256 by name. */
-  uploads: Record<string, string>
-}
-
-/** Every row and every byte that is live. */
-async function state(): Promise<State> {
-  const tables = (await sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")).split(
-    '\n',
-  )
-  const questions = tables.map(
-    (table) =>
-      `SELECT json_build_array('${table}', count(*) || ' ' || coalesce(md5(string_agg(t::text, ',' ORDER BY t::text)), '-'))::text FROM "${table}" AS t${ownOf(table)}`,
-  )
-  const lines = (await sql(questions.join(' UNION ALL '))).split('\n')
-  const rows = lines.map((line) => JSON.parse(line) as [string, string])
-  const uploads: Record<string, string> = {}
-  for await (const name of filesBelow(site.folders.uploads)) {
-    const content = await readFile(join(site.folders.uploads, name))
-    uploads[name] = createHash('sha256').update(content).digest('hex')
-  }
-  return { properties: await sql(properties), rows: Object.fromEntries(rows), uploads }
-}
-
-/** What Strapi itself writes whenever it has booted. */
-function ownOf(table: string): string {
-  return table === 'strapi_core_store_settings' ? " WHERE key NOT LIKE '%metrics%'" : ''
-}
-
-const properties = `SELECT setrole::regrole, setconfig FROM pg_db_role_setting
-    WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY 1;
-  SELECT role, has_database_privilege(role, current_database(), 'CONNECT') FROM unnest(ARRAY['reader', 'stranger']) AS role`
-
-/** Rows and files are lost, changed and added, admin and picture among them. @returns what is live now */
-async function spoil(): Promise<State> {
-  await sql(`DELETE FROM pings WHERE id % 2 = 0; UPDATE pings SET token = 'changed' WHERE id % 5 = 0;
-    INSERT INTO pings (token) VALUES ('after'); DELETE FROM admin_users; DELETE FROM files; DELETE FROM strapi_api_tokens;
-    ALTER DATABASE "${site.database.name}" SET app.motto = 'changed'; GRANT CONNECT ON DATABASE "${site.database.name}" TO PUBLIC`)
-  const uploads = site.folders.uploads
-  for (const name of [picture.url.replace('/uploads/', ''), 'picture_1.png', 'folder/inside.png'])
-    await rm(join(uploads, name), { force: true })
-  await rm(join(uploads, 'folder'), { recursive: true, force: true })
-  await writeFile(join(uploads, 'picture_2.png'), randomBytes(20_000))
-  await writeFile(join(uploads, 'picture_3.png'), 'cut')
-  await writeFile(join(uploads, `after_${randomBytes(4).toString('hex')}.png`), randomBytes(3000))
-  return await state()
-}
-
-async function expectNothingHalfMade(): Promise<void> {
-  expect(await sql("SELECT datname FROM pg_database WHERE datname LIKE '%incoming%'", 'postgres')).toBe('')
-  expect(await readdir(join(site.folders.backups, '.incoming'))).toEqual([])
-  expect(await orphans(own.project)).toEqual([])
-  const kept = join(site.folders.uploads, ownFolder)
-  for (const id of await readdir(kept).catch(() => [])) {
-    const [plan] = (await readdir(join(kept, id))).filter((name) => name.startsWith('plan'))
-    expect(['plan.done', 'plan.undone']).toContain(plan)
-  }
-}
-
-/** Whether visitors get what needs the database. */
-async function expectServed(): Promise<void> {
-  for (const path of ['/admin/init', '/api/pings'])
-    expect((await fetch(`${own.url}${path}`)).status).toBe(200)
-}
-
-/** With -9, when an event has come, and so many milliseconds later. */
-async function killed(command: string[], at: (event: Event) => boolean, delayMs = 0): Promise<void> {
-  let wasReached = false
-  const { outcome } = own.begin('data', command, (event, child) => {
-    if (wasReached || !at(event)) return
-    wasReached = true
-    setTimeout(() => child.kill('SIGKILL'), delayMs)
-  })
-  await outcome
-  expect(wasReached).toBe(true)
-}
-
-const isSaid = (text: string) => (one: Event) => one.message.startsWith(text)
-
-/** Folder of the data below the mounted one. */
-async function dataFolder(): Promise<string> {
-  const mounted = (await engine.container(await postgresql()))?.Mounts.find(
-    ({ Source }) => Source === site.folders.postgres,
-  )
-  return relative(mounted?.Destination ?? '', await sql('SHOW data_directory'))
-}
 
 /** Whatever the test before did to it. */
 beforeEach(async () => {
@@ -282,43 +147,6 @@ describe('a restore', () => {
     await expectServed()
     await expectNothingHalfMade()
     await mustSucceed(own.run('data', 'backup', '--only', 'database'))
-  })
-
-  describe('that Strapi cannot serve', () => {
-    let bad = ''
-    beforeAll(async () => {
-      await sql('ALTER TABLE admin_users RENAME TO lost')
-      bad = await makeSet()
-      await sql('ALTER TABLE lost RENAME TO admin_users')
-    })
-
-    test('is taken back by itself', async () => {
-      const current = await state()
-      await rm(join(site.folders.uploads, 'picture_1.png'))
-      const outcome = await own.run('data', 'restore', bad, '--yes')
-      expect(outcome.code).toBe(1)
-      expect(outcome.stderr).toContain('it was taken back: visitors are served as before')
-      const { ['picture_1.png']: lost, ...uploads } = current.uploads
-      expect(lost).toBeDefined()
-      expect(await state()).toEqual({ ...current, uploads })
-      await expectServed()
-      await expectNothingHalfMade()
-    })
-
-    const moments: [string, (event: Event) => boolean, number][] = [
-      ['the swap is through', ({ event, step }) => event === 'step-done' && step === '5/6', 0],
-      ['visitors are waited for', ({ event, step }) => event === 'step' && step === '6/6', 3000],
-      ['it swaps back', isSaid('swapping the databases'), 0],
-      ['it takes uploads out', isSaid('taking out the uploads'), 0],
-    ]
-    test.each(moments)('is taken back by the next run when it is killed while %s', async (_, at, delayMs) => {
-      const spoilt = await spoil()
-      await killed(['restore', bad, '--yes'], at, delayMs)
-      await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-      expect(await state()).toEqual(spoilt)
-      await expectServed()
-      await expectNothingHalfMade()
-    })
   })
 
   test('of another schema keeps the old release from booting, until its own is deployed or it is undone', async () => {
@@ -558,22 +386,15 @@ describe('a set that does not fit', () => {
     await writeManifest(setFolder(site, copy), { ...manifest, ...fields(manifest) })
   }
 
-  const setFiles = [
-    'database.dump',
-    'roles.sql',
-    'uploads.tar',
-    'uploads.jsonl',
-    'config.tar',
-    'manifest.json',
-    'SHA256SUMS',
-    'RECOVERY.md',
-  ]
-  test.each(setFiles)(
+  test.each(filesOfSet)(
     'because %s has another bit, was cut, made longer, deleted or swapped is refused before anything is touched',
     async (file) => {
       const current = await state()
       const folder = setFolder(site, copy)
-      for (const damage of damages(file, setFiles[(setFiles.indexOf(file) + 1) % setFiles.length] ?? '')) {
+      for (const damage of damages(
+        file,
+        filesOfSet[(filesOfSet.indexOf(file) + 1) % filesOfSet.length] ?? '',
+      )) {
         await rm(folder, { recursive: true })
         await cp(setFolder(site, set), folder, { recursive: true })
         await run(['chmod', '-R', 'u+w', folder])
@@ -683,139 +504,6 @@ describe('a set that does not fit', () => {
     await change(({ files }) => ({ files: { ...files, ...sums } }))
     expect(await refused()).toContain(says)
   })
-})
-
-describe('killed with -9', () => {
-  const begins = (step: string) => (one: Event) => one.event === 'step' && one.step === step
-  const ends = (step: string) => (one: Event) => one.event === 'step-done' && one.step === step
-  const when = { begins, ends }
-
-  /** A killed one may just have come to its end. */
-  async function undoUnlessDone(): Promise<void> {
-    const kept = join(site.folders.uploads, ownFolder)
-    const ids = (await readdir(kept)).toSorted()
-    const isDone = existsSync(join(kept, ids.at(-1) ?? '', 'plan.undone'))
-    await mustSucceed(own.run('data', ...(isDone ? ['backup', '--only', 'config'] : ['undo', '--yes'])))
-  }
-
-  test.each([
-    ['1/6', 'begins', 0],
-    ['2/6', 'begins', 0],
-    ['2/6', 'begins', 600],
-    ['3/6', 'begins', 60],
-    ['3/6', 'begins', 150],
-    ['3/6', 'ends', 0],
-    ['4/6', 'ends', 0],
-    ['5/6', 'begins', 0],
-    ['5/6', 'begins', 60],
-    ['5/6', 'ends', 0],
-    ['6/6', 'begins', 50],
-  ] as const)(
-    'when %s %s (+ %i ms), a restore leaves the old or the new state',
-    async (step, moment, delayMs) => {
-      // Much to unpack.
-      if (step === '3/6') await run(['sh', '-c', 'rm picture_*'], { cwd: site.folders.uploads })
-      const spoilt = await spoil()
-      await killed(['restore', set, '--yes'], when[moment](step), delayMs)
-      // Whichever command comes next.
-      await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-      await expectNothingHalfMade()
-      await expectServed()
-      const now = await state()
-      if (now.rows.pings !== saved.rows.pings) return expect(now).toEqual(spoilt)
-      expect(now).toEqual(saved)
-      await mustSucceed(own.run('data', 'undo', '--yes'))
-      expect(await state()).toEqual(spoilt)
-      await expectServed()
-    },
-  )
-
-  const pointsOfUndo = [
-    ['Take back restore', 0],
-    ['putting replaced and surplus uploads back', 0],
-    ['swapping the databases', 0],
-    ['swapping the databases', 160],
-    ['taking out the uploads that it had brought', 0],
-  ] as const
-
-  test.each(pointsOfUndo.slice(3, 4))(
-    'at "%s" (+ %i ms), an undo of the database alone is finished by the next one, which takes back no other',
-    async (point, delayMs) => {
-      const spoilt = await spoil()
-      await mustSucceed(own.run('data', 'restore', set, '--only', 'database', '--yes'))
-      await sql('DELETE FROM pings')
-      await mustSucceed(own.run('data', 'restore', set, '--only', 'database', '--yes'))
-      await killed(['undo', '--yes'], isSaid(point), delayMs)
-      await undoUnlessDone()
-      expect(await sql('SELECT count(*) FROM pings')).toBe('0')
-      await mustSucceed(own.run('data', 'undo', '--yes'))
-      expect(await state()).toEqual(spoilt)
-      await expectNothingHalfMade()
-    },
-  )
-
-  test('before its swap, an undo whose database was dropped since ends with the uploads, and blocks nothing', async () => {
-    const spoilt = await spoil()
-    const restored = resultOf(await mustSucceed(own.begin('data', ['restore', set, '--yes']).outcome))
-    const id = String(restored.restore)
-    // As if it had been killed as soon as it was decided.
-    const plan = join(site.folders.uploads, ownFolder, id, 'plan')
-    await rename(`${plan}.done`, `${plan}.undoing`)
-    await sql(`DROP DATABASE strapi_blue_green_replaced_${id}`, 'postgres')
-    const { stdout } = await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-    expect(stdout).toContain('only the uploads are taken back')
-    expect(await state()).toEqual({ ...saved, uploads: spoilt.uploads })
-    await mustSucceed(own.run('data', 'restore', set, '--yes'))
-    expect(await state()).toEqual(saved)
-  })
-
-  test('before its swap, it is what undo means, not the restore before it', async () => {
-    const spoilt = await spoil()
-    await mustSucceed(own.run('data', 'restore', set, '--yes'))
-    await killed(['restore', set, '--yes'], ends('3/6'))
-    // As cron does meanwhile.
-    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-    const { stdout } = await mustSucceed(own.run('data', 'undo', '--yes'))
-    expect(stdout).toMatch(/Done: restore \S+ is taken back/)
-    expect(await state()).toEqual(saved)
-    await mustSucceed(own.run('data', 'undo', '--yes'))
-    expect(await state()).toEqual(spoilt)
-  })
-
-  test('and kept from being mended by a file that cannot be moved, it stops no backup, but another restore', async () => {
-    const spoilt = await spoil()
-    await killed(['restore', set, '--yes'], ends('4/6'))
-    const file = join(site.folders.uploads, 'picture_3.png')
-    // What something is mounted on cannot be replaced.
-    await run(['mount', '--bind', file, file])
-    try {
-      const { stdout } = await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-      expect(stdout).toContain('cannot be mended yet')
-      for (const command of [['undo', '--yes'], ['restore', set, '--yes'], ['prune']]) {
-        const outcome = await own.run('data', ...command)
-        expect(outcome.code).toBe(1)
-        expect(outcome.stderr).toContain('could not be mended yet; nothing was changed')
-      }
-    } finally {
-      await run(['umount', file])
-    }
-    await mustSucceed(own.run('data', 'backup', '--only', 'config'))
-    expect(await state()).toEqual(spoilt)
-    await expectNothingHalfMade()
-  })
-
-  test.each(pointsOfUndo)(
-    'at "%s" (+ %i ms), an undo is finished by the next one',
-    async (point, delayMs) => {
-      const spoilt = await spoil()
-      await mustSucceed(own.run('data', 'restore', set, '--yes'))
-      await killed(['undo', '--yes'], isSaid(point), delayMs)
-      await undoUnlessDone()
-      expect(await state()).toEqual(spoilt)
-      await expectServed()
-      await expectNothingHalfMade()
-    },
-  )
 })
 
 describe('a lost server', () => {

@@ -4,6 +4,7 @@ import { resolve } from 'node:path'
 import { agree, needAnswer } from './lib/agree.mts'
 import { endOrphans, markCommands } from './lib/command.mts'
 import { endLeftovers } from './lib/data/exclusive.mts'
+import { listed } from './lib/data/fitness.mts'
 import { installSoftware, missingSoftware } from './lib/install.mts'
 import {
   describeRollback,
@@ -129,6 +130,12 @@ async function migrate(migration: Migration, until: string | undefined, isAgreed
   )
   await step('8/8', 'Check list', () => checkList(migration.site))
   await note(migration.site, { isChecked: isSettled })
+  if (!isSettled)
+    throw new Problem(
+      exitCodes.degraded,
+      'visitors are served by the new set-up, but not all of the rest is done: see the warning above',
+      `Mend that, then: ${scriptCommand('migrate', migration.envFile)}`,
+    )
   const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
   say(
     `Done: the new set-up serves. The legacy one is kept; back to it: ${option('--rollback')}; without it for good: ${option('--finalize')}`,
@@ -149,7 +156,7 @@ async function isAlreadyThrough(migration: Migration): Promise<boolean> {
 /** What is done already is not done again; whether it is done then is seen by looking anew. */
 async function take(
   number: string,
-  { name, title, plan, isDone, act, isRight = isDone }: Step,
+  { name, title, plan, isDone, act, left }: Step,
   migration: Migration,
   isBehind = false,
 ): Promise<void> {
@@ -158,11 +165,13 @@ async function take(
     if (report.isDryRun()) return detail(`would ${await plan(migration)}`)
     const since = Date.now()
     await act(migration)
-    if (!isRight || (await isRight(await seeAgain(migration), since))) return
+    const now = await seeAgain(migration)
+    const undone = left ? await left(now, since) : (await isDone?.(now)) === false ? [title] : []
+    if (undone.length === 0) return
     const hasImpact = impact.some((one) => one.name === name)
     throw new Problem(
       hasImpact ? exitCodes.degraded : exitCodes.failed,
-      `nothing failed, and yet this is not done: ${title}`,
+      `nothing failed, and yet this is not done:${listed(undone)}`,
       `See: ${scriptCommand('migrate', migration.envFile, '--status')}`,
     )
   })

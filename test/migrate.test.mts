@@ -1,14 +1,16 @@
 /** From the legacy set-up to the new one and back: what is there comes along, and nothing is changed before. The tiny app stands for Strapi. */
 import { rmSync, writeFileSync } from 'node:fs'
-import { copyFile, mkdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
+import { copyFile, mkdir, readdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { dirname, join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
+import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText } from '../scripts/lib/envfile.mts'
+import { loadSite } from '../scripts/lib/settings.mts'
 import { legacyCompose } from '../example/legacy.mts'
 import {
   expectLegacy,
@@ -155,6 +157,24 @@ describe('before anything is changed', () => {
       },
     ],
   ]
+  test('no folder of uploads: one clear message, nothing changed', async () => {
+    await rename(legacy.uploads, `${legacy.uploads}.away`)
+    try {
+      await expectRefused([/the uploads in .* cannot be read: ENOENT/], ['--yes'])
+    } finally {
+      await rename(`${legacy.uploads}.away`, legacy.uploads)
+    }
+  })
+
+  test('a way back does not take the containers of the legacy set-up for what was prepared', async () => {
+    await legacy.site.set({ COMPOSE_PROJECT_NAME: legacy.project })
+    const before = await worldOf(legacy)
+    const { code, stderr } = await legacy.migrate('--rollback', '--yes')
+    expect([code, stderr]).toEqual([2, expect.stringContaining('both would be the Compose project')])
+    expect(await worldOf(legacy)).toEqual(before)
+    await legacy.site.set({ COMPOSE_PROJECT_NAME: legacy.own.project })
+  })
+
   test('all that stands in the way is said at once, a line each, and nothing is changed', async () => {
     const clearances: (() => Promise<unknown>)[] = []
     try {
@@ -241,6 +261,25 @@ describe('a migration', () => {
     expect(await job()).toBe('7')
   })
 
+  test('has a set of the legacy site, with its configuration and how to put it back there', async () => {
+    const [name = ''] = (await readdir(join(legacy.own.folder, 'backups'))).filter((one) => /^\d/.test(one))
+    const folder = join(legacy.own.folder, 'backups', name)
+    const config = (await run(['tar', '-tf', join(folder, 'config.tar')])).split('\n')
+    for (const file of [
+      'docker/.env',
+      'docker/docker-compose.yml',
+      'docker/redis/redis.conf',
+      'docker/strapi/Dockerfile',
+      'strapi/.env',
+    ])
+      expect(config).toContain(file)
+    const steps = await readFile(join(folder, 'RECOVERY.md'), 'utf8')
+    for (const part of [`docker stop ${legacy.prefix}strapi`, `${legacy.prefix}postgresql psql < roles.sql`])
+      expect(steps).toContain(part)
+    const file = join(legacy.folder, 'docker-compose.yml')
+    expect(await readFile(`${file}.backup`, 'utf8')).toBe(await readFile(`${file}.migrated`, 'utf8'))
+  })
+
   test('keeps comments, values and secrets, and shows none of them', async () => {
     const text = (await readText(join(legacy.own.folder, 'strapi/.env'))) ?? ''
     const [theirs, ours] = [
@@ -271,6 +310,14 @@ describe('a migration', () => {
     const file = join(legacy.folder, 'docker-compose.yml')
     await copyFile(`${file}.backup`, file)
     expect(await stateOf(legacy)).toBe('served')
+    // And somebody starts it: Redis alone, which harms nobody here.
+    const redis = `legacy-${legacy.prefix}redis`
+    await run(['docker', 'start', redis])
+    for (const options of [['--yes'], ['--rollback', '--yes']]) {
+      const { code, stderr } = await legacy.migrate(...options)
+      expect([code, stderr]).toEqual([3, expect.stringContaining(`docker stop ${redis}`)])
+    }
+    await run(['docker', 'stop', redis])
     await rm(file)
     // Nobody starts a second PostgreSQL on the same data by habit.
     await expect(legacyCompose(legacy, 'up', '--detach')).rejects.toThrow(/no configuration file/)
@@ -335,6 +382,7 @@ describe('a migration', () => {
     )
     await expectLegacy(legacy)
     expect(await legacy.sql(allRows)).toBe(rows)
+    await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
   })
 
   test('is seen without its journal, and goes on and back without it', async () => {
@@ -349,10 +397,26 @@ describe('a migration', () => {
     expect([outcome.code, outcome.stderr]).toEqual([3, expect.stringContaining('- all rows came along')])
     expect(outcome.stdout.match(/\[x\]/g)).toHaveLength(6)
     await expectMigrated(legacy)
+    // Nor whether the new Strapi has served, once its containers are gone: what only that one has stays.
+    const only = join(legacy.own.folder, 'uploads/only here.jpg')
+    await writeFile(only, 'only here')
+    await run(compose(await loadSite(legacy.own.envFile), '--profile', '*', 'down'))
     await rm(journal)
-    await mustSucceed(legacy.migrate('--rollback', '--yes'))
+    expect(await stateOf(legacy)).toBe('switching')
+    expect((await legacy.migrate('--yes')).code).toBe(3)
+    await expectMigrated(legacy)
+    expect(await readFile(only, 'utf8')).toBe('only here')
+    await rm(journal)
+    const refused = await legacy.migrate('--rollback', '--yes')
+    expect([refused.code, refused.stderr]).toEqual([
+      2,
+      expect.stringContaining('the journal of the migration is gone'),
+    ])
+    await mustSucceed(legacy.migrate('--rollback', '--yes', '--accept-schema-change'))
     await expectLegacy(legacy)
     expect(await legacy.sql(allRows)).toBe(rows)
+    expect(await readFile(join(legacy.uploads, 'only here.jpg'), 'utf8')).toBe('only here')
+    await rm(join(legacy.uploads, 'only here.jpg'))
   })
 
   test('to an image that does not start brings the legacy site back by itself', async () => {

@@ -42,6 +42,9 @@ export const remove = (site: Site, slot: SlotName) => ['docker', 'rm', '--force'
 export const create = (site: Site, slot: SlotName) =>
   slotCompose(site, slot, 'create', '--no-recreate', '--no-build')
 
+/** STRAPI_VERSION as in build: Compose reads the whole file. */
+export const createLiveKit = (site: Site) => compose(site, 'create', '--no-recreate', 'livekit')
+
 /** Not by Compose, which would wait half a second for PostgreSQL and Redis: the checks have seen them healthy. */
 export const start = (site: Site, slot: SlotName) => ['docker', 'start', site.slots[slot].container]
 

@@ -124,7 +124,8 @@ export const folderChecks: Check[] = [
   },
 ]
 
-async function workerSees(site: Site): Promise<Finding[]> {
+/** Whether nginx's worker may reach what it serves by itself. */
+export async function workerSees(site: Site): Promise<Finding[]> {
   const user = await workerUser(site)
   const account = user === undefined ? undefined : await accountOf(user)
   if (!account) return []

@@ -16,7 +16,7 @@ import { archiveConfig, configFiles, type ConfigFile } from './config.mts'
 import { filesOfPart, format, sumOf, writeManifest, type Manifest, type Part } from './manifest.mts'
 import { databaseSize } from './databases.mts'
 import * as tools from './postgresql.mts'
-import { recovery } from './recovery.mts'
+import { recovery, type ByHand } from './recovery.mts'
 import { pendingExchanges } from './plan.mts'
 import { megabytes, needRoom, reserveOn, sparing } from './room.mts'
 import {
@@ -41,6 +41,7 @@ export interface Backup {
 export interface Origin {
   server: Server
   configFiles: ConfigFile[]
+  byHand?: ByHand
 }
 
 export interface BackupOptions {
@@ -178,7 +179,9 @@ async function fill(site: Site, job: Job): Promise<Manifest> {
     },
     secrets: secretsPrint(await readEnv(join(site.source, '.env')), createdAt.toISOString()),
   }
-  await writeFile(join(folder, 'RECOVERY.md'), recovery(site, job.name, manifest), { mode: 0o600 })
+  await writeFile(join(folder, 'RECOVERY.md'), recovery(site, job.name, manifest, origin?.byHand), {
+    mode: 0o600,
+  })
   const names = ['RECOVERY.md', ...parts.flatMap((part) => filesOfPart[part])]
   const progress = { bytes: 0 }
   await alive(

@@ -7,10 +7,12 @@ import * as engine from '../engine.mts'
 import { makeBackup, startingPostgresql } from '../data/backup.mts'
 import { listed } from '../data/fitness.mts'
 import { parts } from '../data/manifest.mts'
+import { readExchanges } from '../data/plan.mts'
 import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { rememberProven } from '../data/verified.mts'
 import { addToResult, detail, exitCodes, explain, interrupted, Problem, say, step, warn } from '../report.mts'
+import { isSameFolder } from '../folders.mts'
 import { readSchema } from '../schema.mts'
 import { composeCommand, projectRoot, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
@@ -103,10 +105,12 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
       'whether the database schema has changed since the switch cannot be seen: PostgreSQL does not run',
       `Start it: ${composeCommand(site, 'up -d postgresql')}\nOr, if the legacy Strapi may drop what it does not know: ${accepting}`,
     )
-  if ((await readSchema(site))?.hash === schemaHash) return
+  if (schemaHash !== undefined && (await readSchema(site))?.hash === schemaHash) return
   throw new Problem(
     exitCodes.usage,
-    'the database schema has changed since the switch: the legacy Strapi would drop what it does not know, with all data in it',
+    schemaHash === undefined
+      ? 'whether the database schema has changed since the switch is not known, since the journal of the migration is gone: the legacy Strapi would drop what it does not know'
+      : 'the database schema has changed since the switch: the legacy Strapi would drop what it does not know, with all data in it',
     `If that is wanted: ${accepting}`,
   )
 }
@@ -115,7 +119,7 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
 export async function rollBack(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   const isShared = await sharesData(migration)
-  if (stage === 'legacy') await refuseLive(site)
+  if (stage === 'legacy') await refuseOthers(migration)
   // What is needed again is not removed any more.
   await note(site, { final: null })
   // Of an earlier way back that came to nothing: visitors have gone on since.
@@ -143,7 +147,7 @@ export async function rollBack(migration: Migration): Promise<void> {
   say(
     `Done: the legacy set-up serves. Again: ${scriptCommand('migrate', site.envFile, `--from ${legacy.folder}`)}`,
   )
-  const commands = await leftovers(migration)
+  const commands = await leftovers(migration).catch((error: unknown) => (warn(explain(error)), []))
   if (commands.length > 0)
     say(`What was prepared stays for that, as the settings do. To be rid of it: ${commands.join('; ')}`)
 }
@@ -151,20 +155,31 @@ export async function rollBack(migration: Migration): Promise<void> {
 /** Commands that undo the steps before the switch, but for what only they have. */
 async function leftovers({ site, legacy }: Migration): Promise<string[]> {
   const { uploads } = site.folders
-  const isThere = existsSync(uploads)
-  const own = isThere
+  const isCopy = existsSync(uploads) && !isSameFolder(uploads, legacy.uploads)
+  const own = isCopy
     ? (await differingUploads(legacy.uploads, uploads)).filter((name) => existsSync(join(uploads, name)))
     : []
   if (own.length > 0) detail(`${uploads} holds what the legacy set-up does not have:${listed(own)}`)
-  const images = (await engine.tags(site.image)).map(({ tag }) => `${site.image}:${tag}`)
+  // Restores keep there what they replaced.
+  const kept = isCopy && (await readExchanges(site)).length > 0
+  const used = inStartOrder(legacy).map(({ container }) => container.Image)
+  const images = (await engine.tags(site.image)).filter(({ id }) => !used.includes(id))
   return [
-    ...(isThere && own.length === 0 ? [`rm -r ${uploads}`] : []),
-    ...(images.length > 0 ? [`docker image rm ${images.join(' ')}`] : []),
+    ...(isCopy && !kept && own.length === 0 ? [`rm -r ${uploads}`] : []),
+    ...(images.length > 0
+      ? [`docker image rm ${images.map(({ tag }) => `${site.image}:${tag}`).join(' ')}`]
+      : []),
   ]
 }
 
-/** The settings of another site that is live must not be taken for what was prepared. @throws Problem (usage) */
-async function refuseLive(site: Site): Promise<void> {
+/** What is not of this migration must not be taken for what was prepared. @throws Problem (usage) */
+async function refuseOthers({ site, legacy }: Migration): Promise<void> {
+  if (site.project === legacy.project)
+    throw new Problem(
+      exitCodes.usage,
+      `the legacy set-up is in service, and both would be the Compose project ${site.project}: nothing was prepared, and nothing was changed`,
+      `Set COMPOSE_PROJECT_NAME in ${site.envFile} to another name before you migrate.`,
+    )
   const { master, slave } = await observe(site)
   if ([master, slave].every(({ status }) => status === 'absent' || status === 'stopped')) return
   throw new Problem(
@@ -225,9 +240,12 @@ export async function finalize(migration: Migration): Promise<void> {
   const volume = legacy.services.redis.container.Mounts.find(
     ({ Destination }) => Destination === '/data',
   )?.Name
+  const inUse = (await engine.mountsInUse()).map(({ folder }) => folder)
   const rest = [
     ...(volume === undefined ? [] : [`docker volume rm ${volume}`]),
-    ...[legacy.source, legacy.folder].filter((path) => !holdsLive(site, path)).map((path) => `rm -r ${path}`),
+    ...[legacy.source, legacy.folder]
+      .filter((path) => !holdsLive(site, path, inUse))
+      .map((path) => `rm -r ${path}`),
   ]
   const containers = inStartOrder(legacy).map(({ container }) => container.Id)
   await note(site, { final: { containers, byHand: rest.join('; ') } })
@@ -245,12 +263,13 @@ export async function removeForGood(site: Site): Promise<void> {
   say(`By hand, when nobody needs it any more: ${final.byHand}`)
 }
 
-/** Whether something that is in use lies below a folder. */
-function holdsLive(site: Site, folder: string): boolean {
+/** Whether something that is in use lies below a folder. @param inUse what running containers see */
+function holdsLive(site: Site, folder: string, inUse: string[]): boolean {
   const { values, folders, nginx } = site
   const files = [values.FIREBASE_CREDENTIALS, values.APNS_KEY, nginx.tls?.certificate, nginx.tls?.key]
   const used = [
     ...Object.values(folders),
+    ...inUse,
     site.source,
     site.envFile,
     ...files.filter((path) => path !== undefined),

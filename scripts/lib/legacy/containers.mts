@@ -7,7 +7,7 @@ import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { syncFolder } from '../envfile.mts'
 import { getUrl } from '../http.mts'
-import { alive } from '../report.mts'
+import { alive, refuseInDryRun } from '../report.mts'
 import {
   inStartOrder,
   isRunning,
@@ -133,6 +133,7 @@ export async function untilServing(legacy: Legacy): Promise<void> {
 
 async function renameSynced(from: string, to: string): Promise<void> {
   if (!existsSync(from)) return
+  refuseInDryRun(`rename ${from}`)
   await rename(from, to)
   await syncFolder(dirname(to))
 }

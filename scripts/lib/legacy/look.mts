@@ -76,7 +76,7 @@ const kinds: [Kind, RegExp][] = [
 export async function look(
   folder: string,
   leave: string[],
-  noted: Pick<Note, 'policies'>,
+  noted: Partial<Pick<Note, 'policies'>>,
 ): Promise<Legacy | Finding[]> {
   const problems: Finding[] = []
   const add = (problem: string, fix: string) => problems.push({ problem, fix })
@@ -95,11 +95,11 @@ export async function look(
     const kind = kinds.find(([, pattern]) => pattern.test(name))?.[0]
     const own = container.HostConfig.RestartPolicy.Name
     const restart = own !== 'no' && own !== '' ? own : (policies[name] ?? 'no')
-    // The way back would take that off.
-    if (container.Name.startsWith(`/${retiredPrefix}`) && isRunning({ container }) && !isRetired)
+    // The way back would take that off. Where there was a switch, it is ours.
+    if (container.Name.startsWith(`/${retiredPrefix}`) && !isRetired && noted.policies === undefined)
       add(
         `the name of ${nameOf({ container })} is one that this migration gives to what is out of service`,
-        `docker rename ${nameOf({ container })} ${nameOf({ container }).slice(retiredPrefix.length)}`,
+        `docker rename ${nameOf({ container })} old-${nameOf({ container }).slice(retiredPrefix.length)}`,
       )
     if (kind && !found[kind]) found[kind] = { name, container, restart }
     // Looked at before; what has come since is none of ours.

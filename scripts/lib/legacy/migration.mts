@@ -2,6 +2,7 @@
 import { resolve } from 'node:path'
 import { parse } from 'dotenv'
 import type { Finding } from '../checks.mts'
+import { workerSees } from '../checks/folders.mts'
 import { databaseNeeds, freeBytes, megabytes, needRoom } from '../data/room.mts'
 import { folderBytes } from '../data/uploads.mts'
 import * as engine from '../engine.mts'
@@ -44,9 +45,15 @@ export interface Migration {
 export async function see(envFile: string, from: string, leave: string[]): Promise<Migration> {
   const folder = resolve(from)
   const noted = await notes({ stateDir: resolve(envFile, '../.state') })
-  const legacy = await look(folder, leave, noted)
+  const legacy = await look(folder, leave, noted).catch(async (error: unknown) => {
+    // Without an engine there is nothing to be seen.
+    if ((await missingSoftware()).length === 0) throw error
+    return []
+  })
   if (Array.isArray(legacy)) {
-    if (!noted.final) throw refusal(folder, [...legacy, ...(await problemsOfSettings(envFile))])
+    // Once it was switched, what runs here is ours.
+    const more = noted.policies ? await softwareProblems() : await problemsOfSettings(envFile)
+    if (!noted.final) throw refusal(folder, [...legacy, ...more])
     throw new Problem(
       exitCodes.usage,
       `the migration was ended for good on ${noted.at?.slice(0, 10)}`,
@@ -76,12 +83,25 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   // The containers of a site that this migration has not made say nothing.
   const hasServed = noted.hasServed || (isRetired && (await wasStarted(settings.site)))
   const areRunning = inStartOrder(legacy).map(isRunning)
+  if (hasServed && areRunning.some(Boolean)) await refuseBoth(settings.site, legacy)
   // What runs says more than a name: somebody may have put the compose file back, or a way back have ended half-way.
   const isInService = isRetired
     ? !hasServed && areRunning.every(Boolean)
     : !hasServed || areRunning.some(Boolean)
   const stage = isInService ? 'legacy' : hasServed ? 'served' : 'switching'
   return { envFile, legacy, nginx, settings, site: settings.site, stage, leave }
+}
+
+/** Somebody has started the legacy one by hand: on the same data, it may be destroyed. @throws Problem (degraded) */
+async function refuseBoth(site: Site, legacy: Legacy): Promise<void> {
+  const { master, slave } = await observe(site)
+  if ([master, slave].every(({ status }) => status === 'absent' || status === 'stopped')) return
+  const names = inStartOrder(legacy).filter(isRunning).map(nameOf).join(' ')
+  throw new Problem(
+    exitCodes.degraded,
+    `both set-ups run: the new one serves, and somebody has started ${names} of the legacy one`,
+    `At once, before they harm each other's data: docker update --restart no ${names} && docker stop ${names}`,
+  )
 }
 
 /** Whether the new Strapi may have taken something from visitors. */
@@ -94,7 +114,8 @@ export async function wasStarted(site: Site): Promise<boolean> {
 
 /** The plan in a few lines. */
 export async function describe({ legacy, nginx, site, stage, settings }: Migration): Promise<void> {
-  const uploads = await folderBytes(legacy.uploads)
+  // What cannot be read is told with all that stands in the way.
+  const uploads = await folderBytes(legacy.uploads).catch(() => undefined)
   const { database } = legacy
   const { backups, uploads: target, postgres } = site.folders
   const { outageMs, withMoveMs, launchMs } = await expectedOutage(legacy)
@@ -103,7 +124,7 @@ export async function describe({ legacy, nginx, site, stage, settings }: Migrati
   detail(
     [
       `project ${legacy.project}: ${inStartOrder(legacy).map(nameOf).join(', ')}; Strapi answers at ${legacy.address}`,
-      `application ${legacy.source}; uploads ${megabytes(uploads)}`,
+      `application ${legacy.source}; uploads ${uploads === undefined ? 'of unknown size' : megabytes(uploads)}`,
       `PostgreSQL ${database.major ?? ''} in ${database.folder}${database.live ? `, ${database.name} of ${database.user} has ${megabytes(database.live.bytes)}` : ''}`,
       `nginx ${nginx.files.join(', ') || 'passes nobody to it by a file of its own'}`,
       `new: project ${site.project}, application ${site.source}, uploads ${site.folders.uploads}`,
@@ -178,8 +199,9 @@ async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> 
   for (const problem of (await uploadProblems(legacy.uploads, site.folders.uploads)).slice(0, 20))
     add(problem, 'Mend or remove it, then run this again.')
   problems.push(...(await problemsOfNew(site, portOf(legacy.address))))
-  const short = await roomProblem(legacy, site)
-  if (short) add(short, 'Make room, or choose other folders.')
+  const short = await roomProblem(legacy, site).catch(explain)
+  if (short && !problems.some(({ problem }) => problem.includes(short)))
+    add(short, 'Make room, or choose other folders.')
   return problems
 }
 
@@ -225,6 +247,7 @@ async function problemsOfNew(site: Site, legacyPort: string | undefined): Promis
   for (const [key, address] of Object.entries(ports))
     if (portOf(address) !== legacyPort && !(await isFree(address)))
       add(`port ${address} (${key}) is taken`, `ss -ltnp 'sport = :${portOf(address)}'   shows by whom`)
+  problems.push(...(await workerSees(site)))
   const obstacle = await isInstallable(site)
   if (obstacle) add(obstacle, 'nginx is the way of the visitors: it must be there before.')
   return problems

@@ -6,7 +6,7 @@ import { ask, run } from '../command.mts'
 import { readText } from '../envfile.mts'
 import { makeStateDir } from '../history.mts'
 import { install } from '../nginx.mts'
-import { detail, exitCodes, explain, Problem, warn } from '../report.mts'
+import { detail, exitCodes, explain, Problem, refuseInDryRun, warn } from '../report.mts'
 import { scriptCommand, type Site } from '../settings.mts'
 import { setAlone, setFlag } from '../traffic.mts'
 
@@ -145,6 +145,7 @@ function keptFolder(site: Site): string {
  * @throws Problem (degraded) with nginx's own words, and everything as before
  */
 export async function replaceNginx(site: Site, files: string[]): Promise<void> {
+  refuseInDryRun('replace the legacy nginx file')
   try {
     await makeStateDir(site)
     await mkdir(keptFolder(site), { recursive: true, mode: 0o700 })

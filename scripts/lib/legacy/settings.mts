@@ -7,7 +7,7 @@ import { parse } from 'dotenv'
 import { run } from '../command.mts'
 import { addMissing, readText, setValues, writeEnv } from '../envfile.mts'
 import { isSameFolder } from '../folders.mts'
-import { detail } from '../report.mts'
+import { detail, refuseInDryRun } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
 import { invokingUser } from '../users.mts'
@@ -145,6 +145,7 @@ export async function writeSettings(
   legacy: Legacy,
   { docker, application, site }: Settings,
 ): Promise<Site> {
+  refuseInDryRun('write settings')
   await mkdir(dirname(envFile), { recursive: true })
   const isFirst = !existsSync(envFile)
   await writeEnv(envFile, docker)
@@ -196,7 +197,7 @@ async function digestOf(legacy: Legacy): Promise<string> {
 }
 
 /** What is built, installed or uploaded, and what is told otherwise. */
-function skippedOf({ source, uploads }: Legacy): Set<string> {
+function skippedOf({ source, uploads, database, services }: Legacy): Set<string> {
   const names = [
     'node_modules',
     'dist',
@@ -208,7 +209,10 @@ function skippedOf({ source, uploads }: Legacy): Set<string> {
     'types/generated',
     'public/uploads',
   ]
-  return new Set([...names.map((name) => join(source, name)), uploads])
+  // Whole projects are mounted: data of the services may lie below.
+  const redis = services.redis.container.Mounts.filter(({ Destination }) => Destination === '/data')
+  const data = [uploads, database.folder, ...redis.map(({ Source }) => Source)]
+  return new Set([...names.map((name) => join(source, name)), ...data])
 }
 
 /** package.json comes last: a folder without it is not taken for an application. */

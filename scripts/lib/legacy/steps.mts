@@ -1,13 +1,14 @@
 /** The steps of the migration: each says by looking whether it is done, does it, and may be killed and repeated at any moment. */
 import { existsSync, statSync } from 'node:fs'
 import { copyFile, rename } from 'node:fs/promises'
-import { join, relative } from 'node:path'
+import { basename, join, relative } from 'node:path'
 import { build, pin } from '../actions.mts'
 import { run } from '../command.mts'
 import * as compose from '../compose.mts'
 import { endSessions, makeBackup } from '../data/backup.mts'
 import { credentialFiles, serviceFiles, type ConfigFile } from '../data/config.mts'
-import { parts, readManifest } from '../data/manifest.mts'
+import { parts, readManifest, type Manifest } from '../data/manifest.mts'
+import type { ByHand } from '../data/recovery.mts'
 import { megabytes } from '../data/room.mts'
 import { setFolder } from '../data/sets.mts'
 import { rememberProven } from '../data/verified.mts'
@@ -15,12 +16,14 @@ import * as engine from '../engine.mts'
 import { readEnv, readText } from '../envfile.mts'
 import { isSameFolder, makeFolders } from '../folders.mts'
 import { newReleaseName } from '../releases.mts'
-import { alive, detail, exitCodes, interrupted, Problem, warn } from '../report.mts'
+import type { Site } from '../settings.mts'
+import { alive, detail, exitCodes, interrupted, Problem, refuseInDryRun, warn } from '../report.mts'
+import { usesLiveKit } from '../checks/settings.mts'
 import { appSecrets } from '../secrets.mts'
 import { differences as nginxDifferences } from '../traffic.mts'
 import { reasonToDump, sortingOf, usedLocales } from './database.mts'
 import { note, notes } from './journal.mts'
-import type { Legacy } from './look.mts'
+import { nameOf, type Legacy } from './look.mts'
 import type { Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
 import { redisMajor } from './redis.mts'
@@ -38,8 +41,8 @@ export interface Step {
   /** Already done? Missing for a build: only to build it tells, from the engine's cache. */
   isDone?: (migration: Migration) => Promise<boolean>
   act: (migration: Migration) => Promise<void>
-  /** Really done? Where that is another question than `isDone`. @param since when it was begun, in ms since 1970 */
-  isRight?: (migration: Migration, since: number) => Promise<boolean>
+  /** Really done? Where that is another question than `isDone`. @param since when it was begun, in ms since 1970 @returns what is not */
+  left?: (migration: Migration, since: number) => Promise<string[]>
 }
 
 /** Nobody notices. */
@@ -51,6 +54,8 @@ export const preparation: Step[] = [
       `write a set of database, uploads and configuration to ${site.folders.backups}, and *.backup beside the legacy files`,
     isDone: hasBackup,
     act: backUp,
+    // However long it took.
+    left: async ({ site }) => ((await backupOf(site)) ? [] : ['the set cannot be read']),
   },
   {
     name: 'settings',
@@ -62,6 +67,11 @@ export const preparation: Step[] = [
       migration.site = await writeSettings(migration.envFile, migration.legacy, migration.settings)
       await makeFolders(migration.site)
     },
+    // Somebody may edit the legacy application at any time: the next run takes that.
+    left: async (migration) =>
+      (await areSettingsWritten(migration))
+        ? []
+        : ['a file or folder is missing', ...(await changes(migration))],
   },
   {
     name: 'uploads',
@@ -72,14 +82,14 @@ export const preparation: Step[] = [
       existsSync(site.folders.uploads) &&
       (await differingUploads(legacy.uploads, site.folders.uploads)).length === 0,
     act: copyAll,
-    isRight: isCopied,
+    left: notCopied,
   },
   {
     name: 'build',
     title: 'Build the new images, make the containers, start nothing that collides',
     plan: ({ site }) => `build ${site.image} from ${site.source}, PostgreSQL and Redis`,
     act: buildAll,
-    isRight: isPrepared,
+    left: notPrepared,
   },
 ]
 
@@ -108,16 +118,18 @@ export const impact: Step[] = [
 const backupAgeMs = 3_600_000
 
 async function hasBackup({ site }: Migration): Promise<boolean> {
+  const manifest = await backupOf(site)
+  return manifest !== undefined && Date.now() - Date.parse(manifest.createdAt) < backupAgeMs
+}
+
+async function backupOf(site: Site): Promise<Manifest | undefined> {
   const { backup } = await notes(site)
-  if (!backup) return false
-  return await readManifest(setFolder(site, backup)).then(
-    ({ createdAt }) => Date.now() - Date.parse(createdAt) < backupAgeMs,
-    () => false,
-  )
+  return backup ? await readManifest(setFolder(site, backup)).catch(() => undefined) : undefined
 }
 
 /** Through the code of data.mts: one state, read back. The copies beside the files are those of the runbook. */
 async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
+  refuseInDryRun('back the legacy site up')
   await makeFolders(site)
   const beside = [
     ...legacy.composeFiles,
@@ -136,7 +148,11 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
   if (!live) throw new Error('the legacy PostgreSQL does not run')
   const ended = await endSessions(live.server)
   if (ended > 0) detail(`ended ${ended} sessions that an earlier run left in PostgreSQL`)
-  const origin = { server: live.server, configFiles: await configFiles(legacy, nginx) }
+  const origin = {
+    server: live.server,
+    configFiles: await configFiles(legacy, nginx),
+    byHand: byHand(legacy, live.server),
+  }
   const { name, manifest } = await makeBackup(legacyView(site, legacy), [...parts], { origin })
   await rememberProven(site, name)
   await note(site, { backup: name })
@@ -144,33 +160,45 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
   for (const line of manifest.missing) warn(`missing in the legacy site already: ${line}`)
 }
 
+/** For RECOVERY.md. */
+function byHand({ services: { strapi, postgresql } }: Legacy, server: compose.Server): ByHand {
+  const superuser = typeof server === 'string' ? 'postgres' : server.superuser
+  return {
+    inContainer: `docker exec -i -u postgres -e PGUSER=${superuser} ${nameOf(postgresql)}`,
+    stop: `docker stop ${nameOf(strapi)}`,
+    start: `docker start ${nameOf(strapi)}`,
+  }
+}
+
 async function configFiles(legacy: Legacy, nginx: LegacyNginx): Promise<ConfigFile[]> {
-  const { folder, source, services, settings } = legacy
+  const { folder, source, settings } = legacy
+  const nameIn = (path: string) => {
+    const inside = relative(folder, path)
+    return inside.startsWith('..') ? basename(path) : inside
+  }
+  // Below the folders of the services there may be data.
+  const ofServices = (await serviceFiles(folder)).filter(([name]) => name.split('/').length === 3)
   const files: ConfigFile[] = [
     ['docker/.env', join(folder, '.env')],
     ['strapi/.env', join(source, '.env')],
-    ...legacy.composeFiles.map((path): ConfigFile => [`docker/${relative(folder, path)}`, path]),
-    ...(await serviceFiles(folder)),
+    ...legacy.composeFiles.map((path): ConfigFile => [`docker/${nameIn(path)}`, path]),
+    ...ofServices.filter(([, path]) => statSync(path, { throwIfNoEntry: false })?.isFile()),
     ...nginx.files.map((path): ConfigFile => [`nginx${path}`, path]),
     ...credentialFiles(settings, folder),
   ]
-  // Data may lie beside the configuration.
-  const mounted = [services.postgresql, services.redis].flatMap(({ container }) => container.Mounts)
-  const data = [source, ...mounted.map(({ Source }) => Source).filter((path) => isFolder(path))]
-  const isData = (path: string) => data.some((one) => path.startsWith(`${one}/`))
-  return files.filter(([name, path]) => existsSync(path) && (name === 'strapi/.env' || !isData(path)))
-}
-
-function isFolder(path: string): boolean {
-  return statSync(path, { throwIfNoEntry: false })?.isDirectory() ?? false
+  return files.filter(([, path]) => existsSync(path))
 }
 
 async function areSettingsDone(migration: Migration): Promise<boolean> {
+  if (await isCopyOld(migration.site, migration.legacy)) return false
+  return await areSettingsWritten(migration)
+}
+
+async function areSettingsWritten(migration: Migration): Promise<boolean> {
   const { site } = migration
   const application = (await readEnv(join(site.source, '.env'))) ?? {}
   const isComplete =
     appSecrets.every((key) => application[key]) && existsSync(join(site.source, 'package.json'))
-  if (await isCopyOld(site, migration.legacy)) return false
   return isComplete && existsSync(site.folders.postgres) && (await changes(migration)).length === 0
 }
 
@@ -202,11 +230,11 @@ async function copyAll({ legacy, site }: Migration): Promise<void> {
 }
 
 /** What editors have changed since is for the pass that comes when Strapi has stopped. */
-async function isCopied({ legacy, site }: Migration, since: number): Promise<boolean> {
+async function notCopied({ legacy, site }: Migration, since: number): Promise<string[]> {
   const different = await differingUploads(legacy.uploads, site.folders.uploads)
-  return different.every((name) => {
+  return different.filter((name) => {
     const source = statSync(join(legacy.uploads, name), { throwIfNoEntry: false })
-    return source === undefined || source.ctimeMs >= since
+    return source !== undefined && source.ctimeMs < since
   })
 }
 
@@ -232,19 +260,19 @@ async function buildAll(migration: Migration): Promise<void> {
 }
 
 /** Each service has a container of the image that is there under its name now, and what would collide does not run. */
-async function isPrepared({ site }: Migration): Promise<boolean> {
-  const services = ['postgresql', 'redis', 'strapi-master'] as const
-  const found = await Promise.all(services.map((service) => engine.serviceContainers(site.project, service)))
-  const images = await Promise.all(
-    found.flat().map(async (one) => (await engine.image(one.Config.Image))?.Id === one.Image),
-  )
-  const [, [redis] = [], [master] = []] = found
-  return (
-    images.length === services.length &&
-    images.every(Boolean) &&
-    [redis, master].every((one) => one?.State.Status === 'created') &&
-    master?.Config.Image === `${site.image}:${site.release}`
-  )
+async function notPrepared({ site }: Migration): Promise<string[]> {
+  const wrong: string[] = []
+  for (const service of ['postgresql', 'redis', 'strapi-master']) {
+    const [made] = await engine.serviceContainers(site.project, service)
+    const { Image: id, Config, State } = made ?? {}
+    if (Config === undefined) wrong.push(`${service} has no container`)
+    else if ((await engine.image(Config.Image))?.Id !== id) wrong.push(`${service} is not of ${Config.Image}`)
+    else if (service === 'strapi-master' && Config.Image !== `${site.image}:${site.release}`)
+      wrong.push(`strapi-master is of ${Config.Image}, not of ${site.release}`)
+    // In a folder of its own, PostgreSQL runs already.
+    else if (service !== 'postgresql' && State?.Status !== 'created') wrong.push(`${service} was started`)
+  }
+  return wrong
 }
 
 async function refuseOlderRedis({ site, legacy }: Migration): Promise<void> {
@@ -296,7 +324,14 @@ async function reasonNotToShare({ site, legacy }: Migration): Promise<string | u
 async function makeContainers({ site, legacy }: Migration, isShared: boolean): Promise<void> {
   await removeNew(site)
   const volume = isShared ? { POSTGRES_VOLUME: legacy.database.folder } : undefined
-  await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release, ...volume } })
+  const env = { STRAPI_VERSION: site.release, ...volume }
+  await run(compose.create(site, 'strapi-master'), { env })
+  // Its image may have to come from far away: not while calls are off.
+  if (usesLiveKit(site))
+    await alive(
+      () => 'fetching the image of LiveKit',
+      () => run(compose.createLiveKit(site), { env, timeoutMs: 1_800_000 }),
+    )
   if (isShared) return
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
   if (postgresql) await startPostgresql(postgresql)

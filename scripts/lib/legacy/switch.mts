@@ -2,6 +2,7 @@
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { logTail } from '../actions.mts'
+import { usesLiveKit } from '../checks/settings.mts'
 import { run } from '../command.mts'
 import * as compose from '../compose.mts'
 import { makeBackup, type Origin } from '../data/backup.mts'
@@ -107,8 +108,7 @@ async function noteService({ site, legacy }: Migration): Promise<void> {
 export async function settle(migration: Migration): Promise<void> {
   const { site, legacy } = migration
   await containers.renameRetired(legacy)
-  if ((site.values.COMPOSE_PROFILES ?? '').split(',').includes('livekit'))
-    await run(compose.startServices(site, ['livekit']), { timeoutMs: 1_800_000 })
+  if (usesLiveKit(site)) await run(compose.startServices(site, ['livekit']), { timeoutMs: 1_800_000 })
   const isKnown = (await readHistory(site)).some(({ release }) => release === site.release)
   if (!isKnown) await remember(site, { release: site.release, result: 'done' }, await readSchema(site))
 }
@@ -263,10 +263,13 @@ async function moveRedis({ site, legacy }: Migration): Promise<void> {
 }
 
 async function copyLastUploads({ site, legacy }: Migration): Promise<void> {
+  // Without the journal nobody knows whether the new Strapi has served: what only that one has must stay.
+  const isKnown = (await notes(site)).isSwitching === true
   const { copied, removed } = await copyUploads(legacy.uploads, site.folders.uploads, uploadsOwner, {
-    removesOthers: true,
+    removesOthers: isKnown,
+    keepsNewer: !isKnown,
   })
-  const left = await differingUploads(legacy.uploads, site.folders.uploads)
+  const left = isKnown ? await differingUploads(legacy.uploads, site.folders.uploads) : []
   if (left.length > 0)
     throw new Error(
       `uploads still differ, although nobody should write to them: ${left.slice(0, 10).join(', ')}`,
@@ -308,7 +311,7 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
     return new Problem(
       exitCodes.degraded,
       `the switch did not go through; the legacy set-up serves again, but the new Strapi had changed the database schema: what it dropped is gone there${log ? `\n${log.trimEnd()}` : ''}`,
-      `The data as it was before: ${setFolder(site, (await notes(site)).backup ?? '')} (RECOVERY.md in it says how)`,
+      `The data as it was before: ${setFolder(site, (await notes(site)).backup ?? '')}, by the commands of RECOVERY.md in it`,
       error,
     )
   return new Problem(

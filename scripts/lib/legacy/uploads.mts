@@ -18,6 +18,7 @@ import { dirname, join } from 'node:path'
 import { run } from '../command.mts'
 import { filesBelow } from '../data/uploads.mts'
 import { ownFolder, unsafeName } from '../data/untar.mts'
+import { refuseInDryRun } from '../report.mts'
 
 /** Files that are copied and not yet known to be right. A target that has it was begun by us. */
 const staging = `${ownFolder}/migration`
@@ -52,6 +53,8 @@ function kindProblem(path: string): string | undefined {
   const found = lstatSync(path, { throwIfNoEntry: false })
   // Node puts this sign where a name is not UTF-8, and then does not find it.
   if (found === undefined && path.includes('\u{fffd}')) return 'has a name that is not UTF-8'
+  if (found?.isFile() && found.mtimeMs < 0)
+    return 'is of a time before 1970, which a copy cannot have: touch it'
   return found === undefined || found.isFile()
     ? undefined
     : found.isDirectory()
@@ -77,8 +80,11 @@ export async function copyUploads(
   owner: { uid: number; gid: number },
   options: { removesOthers: boolean; keepsNewer?: boolean; progress?: Copied; signal?: AbortSignal },
 ): Promise<Copied> {
+  refuseInDryRun(`copy to ${to}`)
   const done = options.progress ?? newProgress()
   await makeFolder(join(to, staging), owner)
+  // Also where somebody has made it by hand.
+  await chown(to, owner.uid, owner.gid)
   await writeFile(join(to, staging, 'source'), from)
   const seen = new Set<string>()
   for await (const name of filesBelow(from)) {

@@ -22,7 +22,7 @@ import { pinged, type Pings } from './lib/data/ping.mts'
 import { alarmOf, known, retention } from './lib/data/retention.mts'
 import { pendingExchanges, readExchanges } from './lib/data/plan.mts'
 import { restoreSet } from './lib/data/restore.mts'
-import { incomingFolder, removeSet, setFolder } from './lib/data/sets.mts'
+import { incomingFolder, removeSet, setFolder, strangersIn } from './lib/data/sets.mts'
 import { schedule, unschedule } from './lib/data/schedule.mts'
 import { exportSet, importSet } from './lib/data/transfer.mts'
 import { forgetTakenBack, refusePending, removeOldRestores, undoRestore } from './lib/data/undo.mts'
@@ -197,8 +197,9 @@ async function backup(site: Site, { only, waitMs }: Wish): Promise<void> {
 async function degraded(site: Site, name: string, { missing, uploads }: Manifest): Promise<Problem> {
   // Others' sets may be closed to this user: that must not hide what is said here.
   const held = await setsWithUploads(site, uploads?.missing ?? []).catch(() => new Map<string, string>())
-  const sentences = missing.map((sentence) => {
-    const [, set] = [...held].find(([upload]) => sentence.startsWith(`uploads/${upload} `)) ?? []
+  // The uploads come first, in this order.
+  const sentences = missing.map((sentence, at) => {
+    const set = held.get(uploads?.missing?.[at] ?? '')
     return set === undefined ? sentence : `${sentence}; ${set} still has it`
   })
   const [[upload, set] = []] = held
@@ -266,6 +267,11 @@ async function prune(site: Site, { waitMs }: Wish): Promise<void> {
     )
     const verdicts = retention(looked, site.keepSets, new Date())
     for (const { name, keep, reason } of verdicts) {
+      const strangers = keep ? [] : await strangersIn(site, name)
+      if (strangers.length > 0) {
+        warn(`${name} stays: it holds what no backup has put there: ${strangers.join(', ')}`)
+        continue
+      }
       say(`${name} ${keep ? 'stays' : 'goes'}: ${reason}`, 'verdict', { set: name, keep, reason })
       if (keep) continue
       await report.change(`remove ${name}`, async () => {

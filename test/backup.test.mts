@@ -14,7 +14,15 @@ import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
 import { folderBytes } from '../scripts/lib/data/uploads.mts'
 import { rememberProven } from '../scripts/lib/data/verified.mts'
 import { type Site } from '../scripts/lib/settings.mts'
-import { expectUnseen, mustSucceed, resultOf, secretsOf, settingOf, type TestSite } from './harness.mts'
+import {
+  deployAnd,
+  expectUnseen,
+  mustSucceed,
+  resultOf,
+  secretsOf,
+  settingOf,
+  type TestSite,
+} from './harness.mts'
 import { filesOfSet, siteWithPictures } from './sites.mts'
 
 const { begin, pictures, sql, makeSet, addPicture, expectNothingHalfMade } = siteWithPictures(18_300)
@@ -319,6 +327,46 @@ describe('a backup that cannot be made', () => {
     expect(String(events.at(-1)?.error)).toMatch(/reads back differently: uploads\.tar/)
     expect(await listSets(site)).toEqual(before)
     await expectNothingHalfMade()
+  })
+
+  test('because somebody changes a table is given up on Ctrl-C, and keeps nobody waiting', async () => {
+    const before = await listSets(site)
+    const locked = sql('BEGIN; LOCK TABLE pings IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(20)')
+    await expect
+      .poll(() => sql("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(20)'"))
+      .not.toBe('0')
+    const { outcome } = own.begin('data', ['backup'], ({ message }, child) => {
+      if (message === 'taking a snapshot of the database') setTimeout(() => child.kill('SIGINT'), 1500)
+    })
+    expect((await outcome).code).toBe(130)
+    const isWaiting =
+      "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(20)%' AND pid <> pg_backend_pid()"
+    expect(await sql(isWaiting)).toBe('1')
+    expect(await listSets(site)).toEqual(before)
+    await sql(
+      "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(20)%' AND pid <> pg_backend_pid()",
+    )
+    await expect(locked).rejects.toThrow()
+    await makeSet('--only', 'database')
+    await expectNothingHalfMade()
+  })
+
+  test('because a deploy was killed while another release boots says so; the deploy comes first', async () => {
+    await writeFile(join(site.source, 'changed.txt'), 'another release')
+    await deployAnd(own, '3/7', 0, (pid) => void process.kill(pid, 'SIGKILL'))
+    for (const command of [['backup'], ['restore', '--yes'], ['undo', '--yes']]) {
+      const { code, stderr } = await own.run('data', ...command)
+      expect([code, stderr]).toEqual([
+        1,
+        expect.stringMatching(/a deploy was interrupted: .*\n*[^]*End it first: .*deploy\.mts/),
+      ])
+    }
+    // Once it has booted, nothing changes the schema any more.
+    await expect
+      .poll(async () => (await own.observe()).slave.status, { timeout: 90_000, interval: 500 })
+      .toBe('healthy')
+    await mustSucceed(own.run('data', 'backup', '--only', 'database'))
+    await mustSucceed(own.run('deploy'))
   })
 
   test('because of Ctrl-C leaves nothing half-made, exit code 130', async () => {

@@ -257,8 +257,11 @@ describe('a restore', () => {
       await expect.poll(() => healthyPostgresql(site), { timeout: 60_000 }).toBeDefined()
       const full = join(postgres, 'full')
       const fill = `cat /dev/zero > ${full}; truncate --size=-2M ${full}`
-      const { outcome } = own.begin('data', ['restore', large, '--yes'], ({ event, step }) => {
-        if (event === 'step' && step === '2/6') execFileSync('sh', ['-c', fill], { stdio: 'ignore' })
+      const { outcome } = own.begin('data', ['restore', large, '--yes'], ({ event, step }, child) => {
+        if (event !== 'step' || step !== '2/6') return
+        child.kill('SIGSTOP')
+        execFileSync('sh', ['-c', fill], { stdio: 'ignore' })
+        child.kill('SIGCONT')
       })
       const { code, events } = await outcome
       expect([1, 3]).toContain(code)

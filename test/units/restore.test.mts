@@ -87,6 +87,7 @@ describe('a set fits the site', () => {
     serverVersion: '16.2',
     secrets: 'print',
     schemaHash: 'hash',
+    isRunning: true,
     runningRelease: 'one',
     hasRelease: true,
   }
@@ -97,7 +98,19 @@ describe('a set fits the site', () => {
     ['not with other secrets', { secrets: 'another' }, {}, ['other-secrets']],
     ['where no secrets are known', {}, { secrets: undefined }, []],
     ['not with another schema', {}, { schemaHash: 'other' }, ['other-schema']],
-    ['where nothing runs', {}, { schemaHash: undefined }, []],
+    ['where nothing runs', {}, { schemaHash: undefined, isRunning: false }, []],
+    [
+      'not beside a release of which nothing is known',
+      { release: 'two' },
+      { schemaHash: undefined },
+      ['other-schema'],
+    ],
+    [
+      'beside its own release, of which nothing else is known',
+      { release: 'one' },
+      { schemaHash: undefined },
+      [],
+    ],
     ['not without its uploads', { missing: ['uploads/a is not there'] }, {}, ['incomplete']],
     ['as a database alone', { missing: ['uploads/a is not there'] }, { parts: ['database'] }, []],
     ['as uploads alone', { secrets: 'another', schemaHash: 'x' }, { parts: ['uploads'] }, []],

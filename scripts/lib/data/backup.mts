@@ -1,13 +1,12 @@
 /** Makes a backup set: one state of database and uploads, and the configuration. Nothing is stopped. */
 import { createHmac } from 'node:crypto'
 import { statSync } from 'node:fs'
-import { readFile, writeFile } from 'node:fs/promises'
+import { readFile, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { run } from '../command.mts'
 import { query, type Server } from '../compose.mts'
 import * as engine from '../engine.mts'
 import { readEnv } from '../envfile.mts'
-import { isSameFolder } from '../folders.mts'
 import { alive, detail, exitCodes, explain, interrupted, pause, Problem, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import { composeCommand, type Site } from '../settings.mts'
@@ -53,6 +52,17 @@ export interface BackupOptions {
 /** What a killed run left: when PostgreSQL answers, its sessions and files; half-made sets. @returns what was found, in words */
 export async function endBackupLeftovers(site: Site): Promise<string[]> {
   const found: string[] = []
+  try {
+    found.push(...(await endDumps(site)))
+  } finally {
+    // Also where PostgreSQL answers badly.
+    found.push(...(await removePartialSets(site)))
+  }
+  return found
+}
+
+async function endDumps(site: Site): Promise<string[]> {
+  const found: string[] = []
   const postgresql = await healthyPostgresql(site)
   // First of all: a dump that still runs holds locks that Strapi may wait for.
   if (postgresql !== undefined) {
@@ -66,6 +76,11 @@ export async function endBackupLeftovers(site: Site): Promise<string[]> {
       found.push(`half-written files (${files.join(', ')})`)
     }
   }
+  return found
+}
+
+async function removePartialSets(site: Site): Promise<string[]> {
+  const found: string[] = []
   const stuck: unknown[] = []
   for (const name of await partialSets(site)) {
     // Another user's must not keep ours.
@@ -216,7 +231,10 @@ async function takeState(site: Site, job: Job) {
   }
   await archive('archiving the uploads')
   detail('taking a snapshot of the database')
-  const snapshot = await openSnapshot(database, site.database.name)
+  const snapshot = await alive(
+    () => 'counting rows',
+    () => openSnapshot(database, site.database.name, tools.backupSession, { signal }),
+  )
   try {
     await archive('archiving the uploads that have changed meanwhile')
     // What was being written just then is whole by now, or still changes.
@@ -285,7 +303,10 @@ async function dumpDatabase(
 export async function needSharedFolder(site: Site, postgresql: string): Promise<void> {
   const found = await engine.container(postgresql)
   const mounted = found?.Mounts.find(({ Destination }) => Destination === '/backup')?.Source
-  if (mounted !== undefined && isSameFolder(mounted, incomingFolder(site))) return
+  // By what it is, not by its name alone: a disk may have been mounted there since, or a link changed.
+  const seen = await run(tools.lookAtIncoming(postgresql))
+  const { dev, ino } = await stat(incomingFolder(site))
+  if (mounted !== undefined && seen.trim() === `${dev}:${ino}`) return
   throw new Problem(
     exitCodes.failed,
     `PostgreSQL still has ${mounted ?? 'nothing'} for its dumps, not ${incomingFolder(site)}: BACKUP_DIR has changed since it was made`,

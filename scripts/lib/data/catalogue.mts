@@ -36,9 +36,15 @@ export async function lookAtOpenSets(
     if (manifest instanceof Damage) unreadable.push({ name, why: manifest.message })
     else if (manifest instanceof Error && isClosed(manifest)) closed.push({ name, error: manifest })
     else if (manifest instanceof Error) throw manifest
-    else sets.push({ name, manifest, last: verified.findLast((one) => one.set === name) })
+    else sets.push({ name, manifest, last: lastWord(verified.filter((one) => one.set === name)) })
   }
   return { sets, unreadable, closed }
+}
+
+/** A dump that could not be restored is not made right by sums that are, nor is one that could be made doubtful. */
+export function lastWord(looks: Verified[]): Verified | undefined {
+  const last = looks.at(-1)
+  return last?.wrong.length === 0 ? (looks.findLast(({ deep }) => deep) ?? last) : last
 }
 
 function isClosed(error: Error): boolean {

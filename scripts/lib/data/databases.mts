@@ -186,7 +186,7 @@ function swapping({ live, hasLive, from, to, comment }: Swap): string {
     'BEGIN',
     "SET LOCAL lock_timeout = '100ms'",
     // A session that reads this table in a long transaction (somebody's pg_dump) would keep us, and us everybody, waiting.
-    endSessions(`datname IN (${literal(live)}, ${literal(from)}) AND pid IN (
+    endSessions(`datname IN (${literal(live)}, ${literal(from)}, ${literal(scratch)}) AND pid IN (
       SELECT pid FROM pg_locks WHERE relation = 'pg_database'::regclass AND granted)`),
     'LOCK TABLE pg_database IN ACCESS EXCLUSIVE MODE',
     endSessions(`datname IN (${literal(live)}, ${literal(from)})`),

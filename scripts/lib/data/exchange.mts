@@ -11,6 +11,7 @@ import { strapiUid } from '../folders.mts'
 import { explain, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 import { uploadLines, type FileSum } from './manifest.mts'
+import { sparing } from './room.mts'
 import {
   addToPlan,
   folderOf,
@@ -36,11 +37,25 @@ export async function begin(
   tarPath: string,
   isDamaged = false,
 ): Promise<void> {
+  const { uploads, postgres } = site.folders
+  await sparing(uploads, postgres, (signal) =>
+    stage(site, { id, ...scope }, plan, tarPath, isDamaged, signal),
+  )
+}
+
+async function stage(
+  site: Site,
+  { id, ...scope }: { id: string } & Omit<Scope, 'withUploads'>,
+  plan: Plan | undefined,
+  tarPath: string,
+  isDamaged: boolean,
+  signal: AbortSignal,
+): Promise<void> {
   const folder = folderOf(site, id)
   // Anybody may see that there is one, nobody but root what is in it.
   await mkdir(folder, { recursive: true, mode: 0o755 })
   for (const name of ['incoming', 'replaced', 'undone']) await mkdir(join(folder, name), { mode: 0o700 })
-  const lines = plan ? await unpackPlan(folder, plan, tarPath, isDamaged) : []
+  const lines = plan ? await unpackPlan(folder, plan, tarPath, isDamaged, signal) : []
   await writePlan(site, id, { ...scope, withUploads: plan !== undefined }, lines)
 }
 
@@ -49,8 +64,9 @@ async function unpackPlan(
   { added, changed, surplus, same }: Plan,
   tarPath: string,
   isDamaged: boolean,
+  signal: AbortSignal,
 ): Promise<PlanLine[]> {
-  const looks = await unpackAll(folder, new Map([...added, ...changed]), tarPath, isDamaged)
+  const looks = await unpackAll(folder, new Map([...added, ...changed]), tarPath, isDamaged, signal)
   for (const names of [added, changed])
     for (const name of names.keys()) {
       if (looks.has(name)) continue
@@ -137,11 +153,13 @@ async function unpackAll(
   needed: Map<string, FileSum>,
   tarPath: string,
   isDamaged = false,
+  signal?: AbortSignal,
 ): Promise<Map<string, string>> {
   const folders = new Set(['.', ...[...needed.keys()].map(dirname)])
   for (const one of folders) await mkdir(join(folder, 'incoming', one), { recursive: true })
   const right = new Map<string, string>()
   await readArchive(tarPath, (file) => {
+    signal?.throwIfAborted()
     const sum = needed.get(file.name)
     // Under one name until it is whole: nothing else ever gets among the incoming files.
     const partial = join(folder, 'unpacking')

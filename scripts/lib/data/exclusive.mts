@@ -4,6 +4,7 @@ import { strangerOnBackups } from '../folders.mts'
 import { takeLock } from '../lock.mts'
 import { detail, exitCodes, explain, interrupted, isDryRun, Problem, warn } from '../report.mts'
 import { asRoot, scriptCommand, type Site } from '../settings.mts'
+import { observe } from '../slots.mts'
 import { endBackupLeftovers } from './backup.mts'
 import { incomingFolder } from './sets.mts'
 import { mendRestore, rememberTakenBack, type Mended } from './undo.mts'
@@ -19,6 +20,7 @@ export async function exclusively(
   try {
     markCommands(site.project)
     if (!isDryRun()) await endLeftovers(site)
+    if (isDisturbed.has(command)) await refuseHalfDeployed(site, command)
     await action()
   } finally {
     lock?.release()
@@ -41,7 +43,28 @@ export async function endLeftovers(site: Site): Promise<void> {
     detail(`an earlier run left ${found}: removed`)
   const mended: Mended = await mendRestore(site).catch((error: unknown) => ({ found: warned(error) }))
   for (const found of mended.found) detail(`an earlier run left ${found}`)
-  if (mended.takenBack !== undefined) await rememberTakenBack(site, mended.takenBack)
+  if (mended.takenBack !== undefined) await rememberTakenBack(site, mended.takenBack).catch(warned)
+}
+
+/** What reads or replaces the database while a release that boots may change its schema. */
+const isDisturbed = new Set(['backup', 'restore', 'undo'])
+
+/**
+ * A deploy that was killed leaves another release running or booting beside the one that serves. Once it has booted, it is in no
+ * backup's way.
+ * @throws Problem (failed)
+ */
+async function refuseHalfDeployed(site: Site, command: string): Promise<void> {
+  const { master, slave, flag } = await observe(site)
+  const [serving, idle] = flag === 'strapi-slave' ? [slave, master] : [master, slave]
+  const isIdle =
+    ['absent', 'stopped'].includes(idle.status) || (command === 'backup' && idle.status === 'healthy')
+  if (isIdle || idle.imageId === serving.imageId || serving.status === 'absent') return
+  throw new Problem(
+    exitCodes.failed,
+    `a deploy was interrupted: ${idle.release ?? 'another release'} is ${idle.status} beside ${serving.release ?? 'the one that serves'}, and may change the database at any moment; nothing was changed`,
+    `End it first: ${scriptCommand('deploy', site.envFile)}`,
+  )
 }
 
 async function refuseShared(site: Site): Promise<void> {

@@ -26,6 +26,8 @@ export interface Circumstances {
   secrets: string | undefined
   /** Of the release that runs; undefined when none does, or nothing is known of it. */
   schemaHash: string | undefined
+  /** Whether some release runs, or comes back by itself. */
+  isRunning: boolean
   runningRelease: string | undefined
   /** Whether the image of the set's release is still here. */
   hasRelease: boolean
@@ -64,6 +66,13 @@ export function obstacles(manifest: Manifest, site: Circumstances): Obstacle[] {
     found.push({
       accept: 'other-schema',
       sentence: `its database schema is that of release ${manifest.release ?? 'unknown'}, and ${site.runningRelease ?? 'another one'} runs; ${site.hasRelease ? 'it would have to be deployed right afterwards' : 'its image is not here any more: build that version first'}`,
+    })
+  // Started by hand, and its database is lost: nobody knows what it expects.
+  const isOther = manifest.release === undefined || manifest.release !== site.runningRelease
+  if (hasDatabase && site.isRunning && site.schemaHash === undefined && isOther)
+    found.push({
+      accept: 'other-schema',
+      sentence: `which database schema ${site.runningRelease ?? 'the release that runs'} expects is not known, and the set is of release ${manifest.release ?? 'unknown'}: booted on it, it may drop what it does not know`,
     })
   return found
 }

@@ -92,6 +92,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     serverVersion,
     secrets: secretsPrint(await readEnv(join(site.source, '.env')), manifest.createdAt),
     schemaHash: await runningSchema(site, serving.release ?? (request.isNewHost ? undefined : site.release)),
+    isRunning: !request.isNewHost && serving.status !== 'absent',
     runningRelease: serving.release ?? site.release,
     hasRelease,
   })
@@ -116,7 +117,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     withDatabase: request.parts.includes('database'),
     uploads: request.parts.includes('uploads')
       ? await alive(
-          () => 'comparing the uploads',
+          () => 'comparing the uploads, reading the live ones',
           () => planExchange(site, lines(), missingIn(manifest)),
         )
       : undefined,

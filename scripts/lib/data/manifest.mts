@@ -130,13 +130,17 @@ export async function writeManifest(folder: string, manifest: Manifest): Promise
   await writeFile(join(folder, sumsName), lines.join(''), { mode: 0o600 })
 }
 
+/** A disk that fails, and what is no file. */
+const unreadable = ['EIO', 'EISDIR', 'ENOTDIR', 'ELOOP']
+
 /** What is wrong with a set itself; that somebody may not read it is another thing. */
 export class Damage extends Error {}
 
 /** @throws Damage when there is none, or it is not of this format */
 export async function readManifest(folder: string): Promise<Manifest> {
   const text = await readFile(join(folder, manifestName), 'utf8').catch((error: NodeJS.ErrnoException) => {
-    throw error.code === 'ENOENT' ? new Damage(`${manifestName} is missing`) : error
+    if (error.code === 'ENOENT') throw new Damage(`${manifestName} is missing`)
+    throw unreadable.includes(error.code ?? '') ? new Damage(`${manifestName} cannot be read`) : error
   })
   let manifest: Partial<Manifest>
   try {
@@ -193,10 +197,10 @@ export async function wrongSums(folder: string, progress = { bytes: 0 }): Promis
       continue
     }
     const found = await sumOf(join(folder, name), progress).catch((error: NodeJS.ErrnoException) => {
-      if (error.code === 'EIO') return undefined
+      if (unreadable.includes(error.code ?? '')) return undefined
       throw error
     })
-    if (!found) wrong.push(`${name} cannot be read: the disk is failing`)
+    if (!found) wrong.push(`${name} cannot be read`)
     else if (found.sizeBytes !== wanted.sizeBytes) {
       wrong.push(`${name} has ${found.sizeBytes} bytes instead of ${wanted.sizeBytes}`)
     } else if (found.sha256 !== wanted.sha256) wrong.push(`${name} is not what was written`)
@@ -214,6 +218,9 @@ export async function wrongSumsFile(folder: string, files: Record<string, FileSu
   const lines = Object.entries({ ...files, [manifestName]: own }).map(
     ([name, { sha256 }]) => `${sha256}  ${name}\n`,
   )
-  const text = await readFile(join(folder, sumsName), 'utf8')
+  const text = await readFile(join(folder, sumsName), 'utf8').catch((error: NodeJS.ErrnoException) => {
+    if (unreadable.includes(error.code ?? '')) return undefined
+    throw error
+  })
   return text === lines.join('') ? [] : [`${manifestName} and ${sumsName} do not belong together`]
 }

@@ -150,6 +150,7 @@ async function read({ envFile, folder, keepSettings, accept }: NewHost): Promise
     serverVersion: /(?:^|\/)postgres(?:ql)?:(\d+)/.exec(parse(settings).POSTGRES_IMAGE ?? '')?.[1],
     secrets: secretsPrint(parse(application), manifest.createdAt),
     schemaHash: undefined,
+    isRunning: false,
     runningRelease: undefined,
     hasRelease: false,
   }).filter((one) => !accept.includes(one.accept))

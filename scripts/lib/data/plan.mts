@@ -8,8 +8,8 @@ import { lstat, readdir, readFile, rename, rm, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from '../envfile.mts'
 import { writeSynced } from '../history.mts'
-import { exitCodes, Problem } from '../report.mts'
-import type { Site } from '../settings.mts'
+import { exitCodes, interrupted, Problem } from '../report.mts'
+import { asRoot, scriptCommand, type Site } from '../settings.mts'
 import { listed } from './fitness.mts'
 import { sumOf, type FileSum, type UploadLine } from './manifest.mts'
 import { ownFolder, unsafeName } from './untar.mts'
@@ -81,7 +81,14 @@ export async function planExchange(
   }
   const plan: Plan = { added: new Map(wanted), changed: new Map(), surplus: [], same: new Map() }
   const top = site.folders.uploads
-  const { dev } = await lstat(top)
+  const { dev } = await lstat(top).catch((error: unknown) => {
+    throw new Problem(
+      exitCodes.failed,
+      `there is no folder ${top} (UPLOADS_VOLUME); nothing was changed`,
+      `Mount it, or make it: ${asRoot(scriptCommand('setup', site.envFile))}\nThe rest alone: ${scriptCommand('data', site.envFile, 'restore --only database')}`,
+      error,
+    )
+  })
   const inTheWay: string[] = []
   for await (const name of filesBelow(top)) {
     const sum = wanted.get(name)
@@ -89,11 +96,10 @@ export async function planExchange(
     if (!found) continue
     plan.added.delete(name)
     if (isMissing(name)) continue
-    if (sum && found.dev !== dev) inTheWay.push(`${join(top, name)} is on another disk`)
-    else if (sum) {
-      const isSame =
-        found.isFile() && found.size === sum.sizeBytes && (await sumOf(join(top, name))).sha256 === sum.sha256
+    if (sum) {
+      const isSame = found.isFile() && found.size === sum.sizeBytes && (await hasSum(join(top, name), sum))
       if (isSame) plan.same.set(name, { ...sum, look: lookOf(found) })
+      else if (found.dev !== dev) inTheWay.push(`${join(top, name)} is on another disk`)
       else plan.changed.set(name, sum)
     } else if (found.isFile() && found.dev === dev && unsafeName(name) === undefined) plan.surplus.push(name)
   }
@@ -105,6 +111,15 @@ export async function planExchange(
       'Move it away, then run it again.',
     )
   return plan
+}
+
+/** What cannot be read, or has just gone, does not have it. */
+async function hasSum(path: string, { sha256 }: FileSum): Promise<boolean> {
+  interrupted.throwIfAborted()
+  return await sumOf(path).then(
+    (found) => found.sha256 === sha256,
+    () => false,
+  )
 }
 
 /** A file where the set has a folder, a folder where it has a file. */
@@ -127,9 +142,13 @@ function parents(name: string): string[] {
   return parts.map((_, index) => parts.slice(0, index + 1).join('/'))
 }
 
-/** Bytes that the plan needs beside the live files. */
+/** Bytes that the plan needs beside the live files, each file in whole blocks. */
 export function bytesOf({ added, changed }: Plan): number {
-  return [...added.values(), ...changed.values()].reduce((total, { sizeBytes }) => total + sizeBytes, 0)
+  const blocks = (bytes: number) => Math.ceil(bytes / 4096) * 4096
+  return [...added.values(), ...changed.values()].reduce(
+    (total, { sizeBytes }) => total + blocks(sizeBytes),
+    0,
+  )
 }
 
 /** Tells whether a file is still the one that it was, without reading it. */

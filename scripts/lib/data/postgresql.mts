@@ -134,6 +134,15 @@ ALTER ROLE :"user" PASSWORD :'password';
 SQL`,
 ]
 
+/** Device and number of the folder that it writes to. */
+export const lookAtIncoming = (containerId: string) => [
+  ...asRoot(containerId),
+  'stat',
+  '-c',
+  '%d:%i',
+  '/backup',
+]
+
 export const listIncoming = (containerId: string) => [...asRoot(containerId), 'ls', '-A', '/backup']
 
 export const removeIncoming = (containerId: string, files: string[]) => {

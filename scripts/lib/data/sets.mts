@@ -5,7 +5,7 @@ import { run } from '../command.mts'
 import { syncFolder } from '../envfile.mts'
 import { alive } from '../report.mts'
 import type { Site } from '../settings.mts'
-import { wrongSums } from './manifest.mts'
+import { setFiles, wrongSums } from './manifest.mts'
 import { megabytes } from './room.mts'
 
 const namePattern = /^\d{8}-\d{6}(-\d+)?$/
@@ -84,6 +84,11 @@ export async function commitSet(site: Site, name: string): Promise<void> {
   await chmod(folder, 0o500)
   await rename(folder, setFolder(site, name))
   await syncFolder(site.folders.backups)
+}
+
+/** Names of what somebody else has put into the folder of a set. */
+export async function strangersIn(site: Site, name: string): Promise<string[]> {
+  return (await readdir(setFolder(site, name))).filter((file) => !setFiles.has(file))
 }
 
 /** Removes a finished set. It stops being one at once; killed here, the next run removes the rest. */

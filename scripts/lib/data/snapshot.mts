@@ -90,12 +90,13 @@ export async function openSnapshot(
   server: Server,
   database: string,
   name = backupSession,
-  { patienceMs = 0 }: { patienceMs?: number } = {},
+  { patienceMs = 0, signal }: { patienceMs?: number; signal?: AbortSignal } = {},
 ): Promise<Snapshot> {
-  const session = startSession(psql(server, database, name))
+  const session = startSession(psql(server, database, name), signal)
   try {
-    if (patienceMs > 0)
-      await session.ask(`SET lock_timeout = ${patienceMs}; SET statement_timeout = ${patienceMs};`)
+    // Whoever waits for a lock keeps all who come later waiting, too.
+    await session.ask(`SET lock_timeout = ${lockPatienceMs};`)
+    if (patienceMs > 0) await session.ask(`SET statement_timeout = ${patienceMs};`)
     await session.ask('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;')
     const [id = ''] = await session.ask('SELECT pg_export_snapshot();')
     const [serverVersion = ''] = await session.ask("SELECT current_setting('server_version');")
@@ -126,9 +127,15 @@ export async function openSnapshot(
   }
 }
 
+/** For somebody who changes a table. */
+const lockPatienceMs = 60_000
+
 /** One psql that answers one question after the other. */
-function startSession(argv: string[]) {
+function startSession(argv: string[], signal?: AbortSignal) {
   const child = converse(argv)
+  // PostgreSQL ends what its client does not wait for any more, and so does the next run.
+  const onAbort = () => void child.kill()
+  signal?.addEventListener('abort', onAbort)
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]()
   const ended = once(child, 'close')
   let errors = ''
@@ -144,12 +151,14 @@ function startSession(argv: string[]) {
       const answer: string[] = []
       for (;;) {
         const next = await lines.next()
+        if (next.done) signal?.throwIfAborted()
         if (next.done) throw new Error(`PostgreSQL does not answer: ${errors.trim() || 'the session ended'}`)
         if (next.value === mark) return answer
         answer.push(next.value)
       }
     },
     async end(): Promise<void> {
+      signal?.removeEventListener('abort', onAbort)
       child.stdin.end()
       await ended
     },

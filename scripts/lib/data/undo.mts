@@ -164,23 +164,34 @@ export interface Mended {
 
 /** Ends what a killed restore or undo left: back before the swap, forward after it if visitors are served; uploads alone go back. */
 export async function mendRestore(site: Site): Promise<Mended> {
-  const exchanges = await plans.pendingExchanges(site)
-  if (exchanges.length > 0 && process.getuid?.() !== 0)
+  const pending = await plans.pendingExchanges(site)
+  if (pending.length > 0 && process.getuid?.() !== 0)
     throw new Problem(
       exitCodes.usage,
       'a restore was interrupted, and only root can mend it',
       asRoot(scriptCommand('data', site.envFile)),
     )
+  const found: string[] = []
+  let takenBack: string | undefined
+  // Nothing depends on them, and they may fill the disk that PostgreSQL needs to start.
+  for (const { id } of pending.filter(({ stage }) => stage === 'staging')) {
+    await plans.removeExchange(site, id)
+    found.push(`unpacked uploads of restore ${id}: removed`)
+    takenBack = `restore ${id} is taken back`
+  }
+  const exchanges = pending.filter(({ stage }) => stage !== 'staging')
   const postgresql = await (exchanges.length > 0 ? startingPostgresql(site) : healthyPostgresql(site))
   if (postgresql === undefined)
     return {
-      found: exchanges.map(({ id }) => `restore ${id} unfinished; that has to wait for PostgreSQL`),
+      found: [
+        ...found,
+        ...exchanges.map(({ id }) => `restore ${id} unfinished; that has to wait for PostgreSQL`),
+      ],
+      ...(takenBack === undefined ? {} : { takenBack }),
     }
   const databases = await readDatabases(site, postgresql)
-  const found: string[] = []
   if (databases.hasScratch && (await dropScratch(site, postgresql)))
     found.push('a database that verify --deep had restored for a look: removed')
-  let takenBack: string | undefined
   if (databases.hasIncoming) {
     await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`), patiently)
     takenBack = 'a restore that was interrupted before it was live is removed'
@@ -217,10 +228,6 @@ async function mendExchange(
   { live, kept }: Databases,
   postgresql: string,
 ): Promise<{ did: string; isBack: boolean }> {
-  if (stage === 'staging') {
-    await plans.removeExchange(site, id)
-    return { did: `unpacked uploads of restore ${id}: removed`, isBack: true }
-  }
   if (stage === 'undoing') {
     await takeBack(site, id, postgresql)
     return { did: `an undo of restore ${id}: finished`, isBack: true }
@@ -284,6 +291,8 @@ export async function removeOldRestores(site: Site, now: Date): Promise<void> {
       .endRemovals(site)
       .catch((error: unknown) => warn(`not all that restores replaced could be removed: ${explain(error)}`))
   const exchanges = await plans.readExchanges(site)
+  if (exchanges.length > 0 && process.getuid?.() !== 0)
+    return warn('what restores replaced stays for now: only root can remove it')
   const underWay = (await plans.pendingExchanges(site)).map(({ id }) => id)
   // An undo keeps, too, and from its own day on.
   const isOld = async (id: string) =>

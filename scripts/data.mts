@@ -22,7 +22,7 @@ import { pinged, type Pings } from './lib/data/ping.mts'
 import { alarmOf, known, retention } from './lib/data/retention.mts'
 import { pendingExchanges, readExchanges } from './lib/data/plan.mts'
 import { restoreSet } from './lib/data/restore.mts'
-import { incomingFolder, removeSet, setFolder, strangersIn } from './lib/data/sets.mts'
+import { incomingFolder, isOpen, removeSet, setFolder, strangersIn } from './lib/data/sets.mts'
 import { schedule, unschedule } from './lib/data/schedule.mts'
 import { exportSet, importSet } from './lib/data/transfer.mts'
 import { forgetTakenBack, refusePending, removeOldRestores, undoRestore } from './lib/data/undo.mts'
@@ -380,6 +380,10 @@ async function verify(site: Site, { words, deep, waitMs }: Wish): Promise<void> 
         await rememberVerified(site, { set: name, deep: isRestored, wrong })
         report.addToResult({ set: name, deep: isRestored, wrong })
         if (wrong.length > 0) throw damaged(site, name, wrong)
+        if (await isOpen(site, name))
+          warn(
+            `others on this host can read ${name}, secrets included: chmod -R go= ${setFolder(site, name)}`,
+          )
         say(
           `${name} is what was written, ${isRestored ? 'and its dump was restored and compared.' : 'and can be read to its end.'}`,
         )

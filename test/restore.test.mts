@@ -1,4 +1,5 @@
 /** What was backed up comes back, row by row and byte by byte, while visitors are served; and it can be taken back. */
+import { existsSync } from 'node:fs'
 import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { cp, mkdir, mkdtemp, readdir, readFile, rename, rm, stat, unlink, writeFile } from 'node:fs/promises'
@@ -71,6 +72,9 @@ describe('a restore', () => {
     expect([answer.status, (await fetch(files)).status]).toEqual([200, 403])
     expect(await seePicture(own.url, picture.url.split('/').at(-1) ?? '')).toBeGreaterThan(0)
 
+    const dry = await mustSucceed(own.run('data', 'undo', '--dry-run'))
+    expect(dry.stdout).toMatch(/would take back restore/)
+    expect(await state()).toEqual(saved)
     await mustSucceed(own.run('data', 'undo', '--yes'))
     expect(await state()).toEqual(spoilt)
     await expectServed()
@@ -542,6 +546,9 @@ describe('a lost server', () => {
       'APP_KEYS=another,key\n',
     ])
     await rm(secrets)
+    const dry = await mustSucceed(own.run('data', ...newHost, '--dry-run'))
+    expect(dry.stdout).toContain('Nothing was changed')
+    expect([await readFile(own.envFile, 'utf8'), existsSync(site.folders.backups)]).toEqual(['', false])
     // A disk that is too small for the set, and one that has no place for all of its files.
     await mkdir(site.folders.backups)
     for (const [size, says] of [
@@ -557,6 +564,8 @@ describe('a lost server', () => {
       ).toEqual([])
       await run(['umount', site.folders.backups])
     }
+    for (const step of ['3/4', '2/6', '6/6'])
+      await killed(newHost, (event) => event.event === 'step' && event.step === step, 300)
     const outcome = await expectUnseen(own, lostSecrets, () => mustSucceed(own.run('data', ...newHost)))
     expect(outcome.stdout).toMatch(/Now: .*setup.*\nThen: .*deploy.*\n.*schedule/)
     // Twice is as good as once.

@@ -282,6 +282,42 @@ describe('a set as one file', () => {
     }
   })
 
+  test('killed with -9 on its way is there or not, and the same command ends it', async () => {
+    const name = await makeSet()
+    const kill = async (argv: string[], delayMs: number) => {
+      const { child, outcome } = own.begin('data', argv)
+      setTimeout(() => child.kill('SIGKILL'), delayMs)
+      await outcome
+    }
+    for (const delayMs of [350, 450, 550, 700]) {
+      await rm(file(), { force: true })
+      await kill(['export', name, file()], delayMs)
+      if (!existsSync(file())) await mustSucceed(own.run('data', 'export', name, file()))
+      await run(['tar', '-df', file(), '-C', site.folders.backups])
+      expect((await readdir(own.folder)).filter((one) => one.endsWith('.partial'))).toEqual([])
+    }
+    for (const delayMs of [350, 450, 550, 700]) {
+      await rm(setFolder(site, name), { recursive: true, force: true })
+      await kill(['import', file()], delayMs)
+      if (!existsSync(setFolder(site, name))) await mustSucceed(own.run('data', 'import', file()))
+      expect(await wrongSums(setFolder(site, name))).toEqual([])
+      await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      await expectNothingHalfMade()
+    }
+  })
+
+  test('brought by hand, with another owner and open to all, is read, restored for a look, and warned of', async () => {
+    const name = await makeSet()
+    const brought = setFolder(site, '20250101-000000')
+    await cp(setFolder(site, name), brought, { recursive: true })
+    await run(['chown', '-R', '1234:1234', brought])
+    await run(['chmod', '-R', 'u+w,go+rX', brought])
+    const { stdout } = await mustSucceed(own.run('data', 'verify', '20250101-000000', '--deep'))
+    await rm(brought, { recursive: true })
+    expect(stdout).toContain('its dump was restored and compared')
+    expect(stdout).toContain(`chmod -R go= ${brought}`)
+  })
+
   test('is not taken when it was cut, changed or made by somebody else', async () => {
     const name = await makeSet('--only', 'config')
     await mustSucceed(own.run('data', 'export', name, file()))

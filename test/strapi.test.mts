@@ -244,6 +244,29 @@ describe('a release that changes the schema', () => {
     expect(await hasColumn('note')).toBe(false)
     await expectMasterServesAlone(release)
   })
+
+  test('is left by a restore of what was before it: its own release is offered, deployed, and drops nothing', async () => {
+    const before = (await settingOf(site, 'STRAPI_VERSION')) ?? ''
+    const backup = await mustSucceed(site.begin('data', ['backup', '--only', 'database']).outcome)
+    const set = String(resultOf(backup).set)
+    await mustSucceed(site.run('deploy'))
+    expect(await hasColumn('note')).toBe(true)
+
+    const refused = await site.run('data', 'restore', set, '--yes')
+    expect([refused.code, refused.stderr]).toEqual([1, expect.stringContaining('--accept other-schema')])
+    expect(await hasColumn('note')).toBe(true)
+    const { stdout } = await mustSucceed(
+      site.run('data', 'restore', set, '--yes', '--accept', 'other-schema'),
+    )
+    expect(stdout).toMatch(new RegExp(`Now: .*deploy\\.mts .*--rollback ${before}`))
+    expect(await hasColumn('note')).toBe(false)
+
+    await mustSucceed(site.run('deploy', '--rollback', before))
+    expect(await hasColumn('note')).toBe(false)
+    await expectMasterServesAlone(before)
+    const master = await engine.container(`${site.project}-strapi-master`)
+    expect(master?.HostConfig.RestartPolicy.Name).toBe('unless-stopped')
+  })
 })
 
 describe('a deploy that is killed while visitors move', () => {

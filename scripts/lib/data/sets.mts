@@ -86,6 +86,11 @@ export async function commitSet(site: Site, name: string): Promise<void> {
   await syncFolder(site.folders.backups)
 }
 
+/** Whether others may read it: brought here by hand, it may have lost its modes. */
+export async function isOpen(site: Site, name: string): Promise<boolean> {
+  return ((await stat(setFolder(site, name))).mode & 0o005) !== 0
+}
+
 /** Names of what somebody else has put into the folder of a set. */
 export async function strangersIn(site: Site, name: string): Promise<string[]> {
   return (await readdir(setFolder(site, name))).filter((file) => !setFiles.has(file))

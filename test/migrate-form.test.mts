@@ -102,7 +102,8 @@ test('a service that is not known stops it; with --leave it stays as it is', asy
 })
 
 test('and back', async () => {
-  await mustSucceed(legacy.migrate('--rollback', '--yes'))
+  const { stdout } = await mustSucceed(legacy.migrate('--rollback', '--yes'))
+  expect(stdout).toContain(`To be rid of it: rm -r ${join(legacy.own.folder, 'uploads')}; docker image rm`)
   await expectLegacy(legacy)
   expect(new Set(Object.values(await states()))).toEqual(new Set(['running']))
 })

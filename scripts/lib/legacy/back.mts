@@ -25,11 +25,13 @@ import { removeNew, sharesData, startPostgresql } from './newsetup.mts'
 import { isSwitched } from './switch.mts'
 import { differingUploads, endCopy } from './uploads.mts'
 
-/** What was made since the switch, and what becomes of it; said before anything happens. */
+/** What was made since the switch, and what becomes of it; said before anything happens. @throws Problem (usage) */
 export async function describeRollback(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
-  if (stage === 'legacy')
+  if (stage === 'legacy') {
+    await refuseOthers(migration)
     return detail('the legacy set-up is in service; the containers that were prepared beside it are removed')
+  }
   const noted = await notes(site)
   const postgresql = await startingPostgresql(site)
   // A killed switch may have left it without that database, or without our role.
@@ -119,7 +121,6 @@ export async function refuseNewSchema(migration: Migration, isAccepted: boolean)
 export async function rollBack(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   const isShared = await sharesData(migration)
-  if (stage === 'legacy') await refuseOthers(migration)
   // What is needed again is not removed any more.
   await note(site, { final: null })
   // Of an earlier way back that came to nothing: visitors have gone on since.

@@ -37,12 +37,15 @@ export async function goBack(migration: Migration): Promise<void> {
   const tolerate = async (action: Promise<unknown>) =>
     await action.catch((error: unknown) => void failures.push(explain(error)))
   const isShared = await sharesData(migration)
-  const hasServed = (await notes(site)).hasServed || (await wasStarted(site))
+  const noted = await notes(site)
+  const hasServed = noted.hasServed || (await wasStarted(site))
+  // Without the journal, and without its containers, nobody knows whether the new Strapi has served.
+  const mayHaveServed = hasServed || (migration.stage === 'switching' && noted.policies === undefined)
   detail('stopping the new set-up')
   await keepLogs(site)
-  const { back, areUploadsBack } = await notes(site)
+  const { back, areUploadsBack } = noted
   if (hasServed) await stopSlots(site)
-  if (hasServed && isShared && !areUploadsBack) await tolerate(copyUploadsBack(migration))
+  if (mayHaveServed && isShared && !areUploadsBack) await tolerate(copyUploadsBack(migration, hasServed))
   // Its own database can be dumped when visitors are served again.
   const isToKeep = hasServed && !isShared && back?.set === undefined
   if (!back) await note(site, { back: {} })
@@ -73,7 +76,7 @@ export async function goBack(migration: Migration): Promise<void> {
 }
 
 /** Both use one database, and its rows refer to them. What is older there is in the set that was made before. */
-async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
+async function copyUploadsBack({ site, legacy }: Migration, hasServed: boolean): Promise<void> {
   if (!existsSync(site.folders.uploads)) return
   const { strapi } = legacy.services
   const isStrapiUp = (await containers.runningServices(legacy)).some(({ name }) => name === strapi.name)
@@ -82,8 +85,8 @@ async function copyUploadsBack({ site, legacy }: Migration): Promise<void> {
     site.folders.uploads,
     legacy.uploads,
     { uid, gid },
-    // A legacy Strapi that runs already may have changed them since.
-    { removesOthers: false, keepsNewer: isStrapiUp },
+    // A legacy Strapi that runs already, or was the last that did, may have changed them since.
+    { removesOthers: false, keepsNewer: isStrapiUp || !hasServed },
   )
   await endCopy(legacy.uploads)
   await note(site, { areUploadsBack: true })

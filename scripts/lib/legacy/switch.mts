@@ -60,6 +60,11 @@ export async function switchOver(migration: Migration): Promise<void> {
   const startedAt = Date.now()
   try {
     if (migration.stage === 'legacy') await noteService(migration)
+    // Begun before; somebody may have taken them down since.
+    else
+      await run(compose.create(migration.site, 'strapi-master'), {
+        env: { STRAPI_VERSION: migration.site.release },
+      })
     // First of all, so that a killed run is seen to have begun, and nobody starts it again by hand.
     await containers.retireFiles(legacy)
     migration.stage = 'switching'

@@ -425,7 +425,8 @@ describe('old sets', () => {
           setTimeout(() => child.kill('SIGKILL'), delayMs)
       })
       expect((await outcome).code, point).toBe(null)
-      for (const name of await listSets(site)) expect(await wrongSums(setFolder(site, name))).toEqual([])
+      for (const name of (await listSets(site)).slice(1))
+        expect(await wrongSums(setFolder(site, name))).toEqual([])
     }
     const { events } = await mustSucceed(own.begin('data', ['prune']).outcome)
     const [kept, ...after] = await listSets(site)

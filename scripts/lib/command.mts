@@ -53,7 +53,7 @@ const changing =
   /^(docker (compose .* )?(build|cp|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|dd|mkdir|mv|rm|sh -c umask|systemctl|tar)( |$)/
 
 /** What a command in a container can only ask. A query of psql does not write in a dry run: `query` sees to that. */
-const asking = ['ls', 'pg_isready', 'psql', 'redis-cli']
+const asking = ['ls', 'pg_isready', 'psql', 'redis-cli', 'stat']
 
 function isChanging(argv: string[]): boolean {
   if (argv[0] !== 'docker' || argv[1] !== 'exec') return changing.test(argv.join(' '))

@@ -1,5 +1,6 @@
 /** The ways out: back to the legacy set-up, or for good without it. */
 import { existsSync, realpathSync } from 'node:fs'
+import { readdir } from 'node:fs/promises'
 import { join, relative, resolve } from 'node:path'
 import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
@@ -7,7 +8,7 @@ import * as engine from '../engine.mts'
 import { makeBackup, startingPostgresql } from '../data/backup.mts'
 import { listed } from '../data/fitness.mts'
 import { parts } from '../data/manifest.mts'
-import { readExchanges } from '../data/plan.mts'
+import { ownFolder } from '../data/untar.mts'
 import { setFolder } from '../data/sets.mts'
 import { openSnapshot } from '../data/snapshot.mts'
 import { rememberProven } from '../data/verified.mts'
@@ -161,8 +162,7 @@ async function leftovers({ site, legacy }: Migration): Promise<string[]> {
     ? (await differingUploads(legacy.uploads, uploads)).filter((name) => existsSync(join(uploads, name)))
     : []
   if (own.length > 0) detail(`${uploads} holds what the legacy set-up does not have:${listed(own)}`)
-  // Restores keep there what they replaced.
-  const kept = isCopy && (await readExchanges(site)).length > 0
+  const kept = isCopy && (await keepsReplaced(uploads))
   const used = inStartOrder(legacy).map(({ container }) => container.Image)
   const images = (await engine.tags(site.image)).filter(({ id }) => !used.includes(id))
   return [
@@ -171,6 +171,13 @@ async function leftovers({ site, legacy }: Migration): Promise<string[]> {
       ? [`docker image rm ${images.map(({ tag }) => `${site.image}:${tag}`).join(' ')}`]
       : []),
   ]
+}
+
+/** Whether restores hold uploads there that they have replaced. */
+async function keepsReplaced(uploads: string): Promise<boolean> {
+  const options = { recursive: true, withFileTypes: true } as const
+  const entries = await readdir(join(uploads, ownFolder), options).catch(() => [])
+  return entries.some((one) => one.isFile() && /\/(replaced|undone)(\/|$)/.test(one.parentPath))
 }
 
 /** What is not of this migration must not be taken for what was prepared. @throws Problem (usage) */

@@ -351,6 +351,25 @@ describe('a backup that cannot be made', () => {
     await expectNothingHalfMade()
   })
 
+  test('because somebody is about to change a table gives way before visitors wait for long', async () => {
+    const before = await listSets(site)
+    let altered: Promise<string> | undefined
+    // Behind the snapshot, and before pg_dump.
+    const altering = `DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM pg_locks WHERE relation = 'pings'::regclass)
+      LOOP PERFORM pg_sleep(0.005); END LOOP; END $$; ALTER TABLE pings ADD COLUMN IF NOT EXISTS note text`
+    const { outcome } = own.begin('data', ['backup'], ({ message }) => {
+      if (message === 'taking a snapshot of the database') altered = sql(altering)
+    })
+    const { code, events } = await outcome
+    expect(code).toBe(1)
+    expect(String(events.at(-1)?.error)).toContain('somebody changes a table just now')
+    await altered
+    expect(await listSets(site)).toEqual(before)
+    await sql('ALTER TABLE pings DROP COLUMN note')
+    await makeSet('--only', 'database')
+    await expectNothingHalfMade()
+  })
+
   test('because a deploy was killed while another release boots says so; the deploy comes first', async () => {
     await writeFile(join(site.source, 'changed.txt'), 'another release')
     await deployAnd(own, '3/7', 0, (pid) => void process.kill(pid, 'SIGKILL'))

@@ -134,15 +134,26 @@ export async function makeBackup(
     await endBackupLeftovers(site).catch((failure: unknown) =>
       warn(`what is half-made is removed by the next run: ${explain(failure)}`),
     )
-    throw isFull(error)
-      ? new Problem(
-          exitCodes.failed,
-          `the disk of ${site.folders.backups} is full; there is no set`,
-          'Make room, or remove old sets, then run it again.',
-          error,
-        )
-      : error
+    throw understood(site, error)
   }
+}
+
+function understood(site: Site, error: unknown): unknown {
+  if (isFull(error))
+    return new Problem(
+      exitCodes.failed,
+      `the disk of ${site.folders.backups} is full; there is no set`,
+      'Make room, or remove old sets, then run it again.',
+      error,
+    )
+  if (/lock timeout/.test(explain(error)))
+    return new Problem(
+      exitCodes.failed,
+      'somebody changes a table just now (ALTER TABLE, VACUUM FULL), which no dump can pass; there is no set',
+      'Run it again when that is through.',
+      error,
+    )
+  return error
 }
 
 interface Job {

@@ -36,6 +36,8 @@ export const dump = (server: Server, { database, snapshot, compression, file }: 
   // Before 16 there is no word for gzip, which is the default.
   ...(compression === 'gzip' ? [] : [`--compress=${compression}`]),
   `--snapshot=${snapshot}`,
+  // Behind somebody's ALTER TABLE, which waits for the snapshot, it would wait for ever, and all visitors with it.
+  '--lock-wait-timeout=10s',
   ...(file === undefined ? [] : [`--file=/backup/${file}`]),
   '--dbname',
   database,

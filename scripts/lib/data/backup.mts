@@ -146,7 +146,7 @@ function understood(site: Site, error: unknown): unknown {
       'Make room, or remove old sets, then run it again.',
       error,
     )
-  if (/lock timeout/.test(explain(error)))
+  if (/lock timeout|Query was: LOCK TABLE/.test(explain(error)))
     return new Problem(
       exitCodes.failed,
       'somebody changes a table just now (ALTER TABLE, VACUUM FULL), which no dump can pass; there is no set',

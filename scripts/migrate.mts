@@ -22,7 +22,7 @@ import { isSwitched, settle } from './lib/legacy/switch.mts'
 import { parseDuration, takeLock } from './lib/lock.mts'
 import * as report from './lib/report.mts'
 import { detail, exitCodes, Problem, say, step } from './lib/report.mts'
-import { asRoot, loadSite, projectOf, projectRoot, scriptCommand } from './lib/settings.mts'
+import { asRoot, loadSite, projectOf, projectRoot, scriptCommand, stateDirOf } from './lib/settings.mts'
 
 const impactQuestion = 'Stop the legacy site'
 const names = ['look', ...preparation.map(({ name }) => name), ...impact.map(({ name }) => name), 'check']
@@ -82,7 +82,7 @@ await report.main(async () => {
   const isReading = report.isDryRun() || options.status
   const lock = isReading ? undefined : await takeLock(await projectOf(envFile), 'migrate', waitMs)
   try {
-    const noted = await notes({ stateDir: resolve(envFile, '../.state') })
+    const noted = await notes({ stateDir: stateDirOf(envFile) })
     const from = options.from ?? noted.from
     if (from === undefined) throw unsaid()
     const leave = options.leave?.split(',') ?? noted.leave ?? []

@@ -1,8 +1,12 @@
-/** A legacy set-up of another form: other names, no docker/.env, no names of containers, PostgreSQL in a volume, a service more. */
+/**
+ * A legacy set-up of another form: other names, no docker/.env, no names of containers, PostgreSQL in a volume, a service more,
+ * and LiveKit, for which a stand-in sleeps on its ports: it has no package.
+ */
 import { rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { run } from '../scripts/lib/command.mts'
+import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText, setValues } from '../scripts/lib/envfile.mts'
 import { projectRoot } from '../scripts/lib/settings.mts'
 import {
@@ -40,6 +44,14 @@ beforeAll(async () => {
     env,
     setValues((await readText(env)) ?? '', { DATABASE_HOST: 'db', REDIS_HOST: 'cache-redis' }),
   )
+  await run([
+    'sh',
+    '-c',
+    `printf 'FROM %s\\nENTRYPOINT ["sh", "-c", "exec sleep 3600"]\\n' "$0" | docker build --quiet --tag "$1" -`,
+    values.REDIS_IMAGE ?? '',
+    liveKitStandIn(),
+  ])
+  await legacy.site.set({ LIVEKIT_IMAGE: liveKitStandIn() })
   // As the first Compose named them: project_service_1.
   process.env.COMPOSE_COMPATIBILITY = '1'
   await start(legacy)
@@ -53,7 +65,12 @@ beforeAll(async () => {
 })
 afterAll(async () => {
   await legacy.remove()
+  await run(['docker', 'image', 'rm', liveKitStandIn()])
 })
+
+function liveKitStandIn(): string {
+  return `${legacy.project}-livekit-standin`
+}
 
 function composeFile(values: Record<string, string>): string {
   const build = (context: string, image: string) =>
@@ -72,6 +89,11 @@ ${build('postgresql', 'POSTGRES_IMAGE')}
   cache-redis:
 ${build('redis', 'REDIS_IMAGE')}
     volumes: ['redis-data:/data', '${legacy.source}:/app/bob']
+  livekit:
+    image: ${liveKitStandIn()}
+    init: true
+    restart: unless-stopped
+    ports: ['7880:7880']
   mail:
     image: ${values.REDIS_IMAGE}
     restart: unless-stopped
@@ -97,8 +119,10 @@ test('a service that is not known stops it; with --leave it stays as it is', asy
     'app-strapi': 'exited',
     'cache-redis': 'exited',
     db: 'exited',
+    livekit: 'exited',
     mail: 'running',
   })
+  expect(await liveKitOf(legacy.own.project)).toBe('running')
 })
 
 test('and back', async () => {
@@ -106,7 +130,13 @@ test('and back', async () => {
   expect(stdout).toContain(`To be rid of it: rm -r ${join(legacy.own.folder, 'uploads')}; docker image rm`)
   await expectLegacy(legacy)
   expect(new Set(Object.values(await states()))).toEqual(new Set(['running']))
+  expect(await liveKitOf(legacy.own.project)).toBe(undefined)
 })
+
+async function liveKitOf(project: string): Promise<string | undefined> {
+  const [found] = await engine.serviceContainers(project, 'livekit')
+  return found?.State.Status
+}
 
 async function states(): Promise<Record<string, string>> {
   const format = '{{.Label "com.docker.compose.service"}} {{.State}}'

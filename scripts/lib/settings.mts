@@ -1,5 +1,5 @@
 /** Every setting of a site, from one place: the environment beats .env, .env beats .env.example. */
-import { dirname, resolve } from 'node:path'
+import { basename, dirname, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { expandedKeys, readEnv, readText, unreadableLines } from './envfile.mts'
 import { exitCodes, Problem } from './report.mts'
@@ -115,6 +115,12 @@ async function readSettings(path: string): Promise<string | undefined> {
 /** The values, those of this process's environment first. */
 export function withEnvironment(values: Record<string, string>): Record<string, string> {
   return Object.fromEntries(Object.entries(values).map(([key, value]) => [key, process.env[key] ?? value]))
+}
+
+/** Beside the settings file. Two of them in one folder are two sites. */
+export function stateDirOf(envFile: string): string {
+  const name = basename(envFile)
+  return resolve(dirname(envFile), name === '.env' ? '.state' : `.state-${name}`)
 }
 
 /** COMPOSE_PROJECT_NAME, also where the other settings are not complete yet. */
@@ -251,7 +257,7 @@ function siteOf(envFile: string, values: Record<string, string>): Site {
   return {
     root: projectRoot,
     envFile,
-    stateDir: resolve(dirname(envFile), '.state'),
+    stateDir: stateDirOf(envFile),
     project: value('COMPOSE_PROJECT_NAME'),
     image: value('STRAPI_IMAGE'),
     release: value('STRAPI_VERSION'),

@@ -11,6 +11,7 @@ import {
   problemsOf,
   projectRoot,
   scriptCommand,
+  stateDirOf,
 } from '../../scripts/lib/settings.mts'
 import { newFolder, passwords, siteOf, siteWith } from './site.mts'
 
@@ -158,6 +159,13 @@ describe('a relative path', () => {
     const { envFile } = await siteWith()
     expect((await loadSite(relative(process.cwd(), envFile))).envFile).toBe(envFile)
   })
+})
+
+test('two settings files in one folder have a state each', () => {
+  expect(['.env', 'b.env'].map((name) => stateDirOf(join('/srv', name)))).toEqual([
+    '/srv/.state',
+    '/srv/.state-b.env',
+  ])
 })
 
 test.each([

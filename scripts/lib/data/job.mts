@@ -100,6 +100,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
   const isListLost = wrong.some((sentence) => sentence.startsWith('uploads.jsonl '))
   const known = isListLost ? await readLines(join(folder, 'uploads.tar')) : undefined
   const lines = () => known ?? uploadLines(folder)
+  const compared = { bytes: 0 }
   const job: Job = {
     ...request,
     // What was accepted just in case must not change anything.
@@ -117,8 +118,8 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
     withDatabase: request.parts.includes('database'),
     uploads: request.parts.includes('uploads')
       ? await alive(
-          () => 'comparing the uploads, reading the live ones',
-          () => planExchange(site, lines(), missingIn(manifest)),
+          () => `comparing the uploads, ${megabytes(compared.bytes)}`,
+          () => planExchange(site, lines(), missingIn(manifest), compared),
         )
       : undefined,
     release: serving.release,

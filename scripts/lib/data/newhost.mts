@@ -11,7 +11,7 @@ import { makeFolders, nearestFolder, strapiUid } from '../folders.mts'
 import { alive, detail, exitCodes, explain, isDryRun, Problem, say, step, warn } from '../report.mts'
 import { writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { invokingUser } from '../users.mts'
-import { asRoot, loadSite, projectRoot, scriptCommand, type Site } from '../settings.mts'
+import { asRoot, loadSite, projectRoot, scriptCommand, stateDirOf, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { reachDatabase, secretsPrint } from './backup.mts'
 import { exclusively } from './exclusive.mts'
@@ -184,7 +184,7 @@ function refusal(folder: string, sentences: string[], accept: Acceptable[]): Pro
 
 async function writeSettings({ envFile }: NewHost, { config, settings, application }: Found): Promise<Site> {
   await mkdir(dirname(envFile), { recursive: true })
-  const stateDir = resolve(dirname(envFile), '.state')
+  const stateDir = stateDirOf(envFile)
   await replaceText(envFile, settings, stateDir)
   // What this version of the project needs and the set does not know yet.
   const site = await loadSite(envFile, { text: await writeDockerEnv(envFile) })

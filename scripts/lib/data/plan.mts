@@ -61,12 +61,14 @@ export function folderOf(site: Site, id: string): string {
  * Compares, and changes nothing.
  * @param lines of the set: uploads.jsonl
  * @param isMissing tells of what the set has no version that belongs to its database: what is there stays as it is
+ * @param progress counts the bytes that were read
  * @throws Problem when files of the set cannot take their places, or its list holds a name that no set may hold
  */
 export async function planExchange(
   site: Site,
   lines: AsyncIterable<UploadLine> | Iterable<UploadLine>,
   isMissing: (name: string) => boolean,
+  progress = { bytes: 0 },
 ): Promise<Plan> {
   const wanted = new Map<string, FileSum>()
   for await (const { name, sizeBytes, sha256 } of lines) {
@@ -97,7 +99,8 @@ export async function planExchange(
     plan.added.delete(name)
     if (isMissing(name)) continue
     if (sum) {
-      const isSame = found.isFile() && found.size === sum.sizeBytes && (await hasSum(join(top, name), sum))
+      const isSame =
+        found.isFile() && found.size === sum.sizeBytes && (await hasSum(join(top, name), sum, progress))
       if (isSame) plan.same.set(name, { ...sum, look: lookOf(found) })
       else if (found.dev !== dev) inTheWay.push(`${join(top, name)} is on another disk`)
       else plan.changed.set(name, sum)
@@ -114,9 +117,9 @@ export async function planExchange(
 }
 
 /** What cannot be read, or has just gone, does not have it. */
-async function hasSum(path: string, { sha256 }: FileSum): Promise<boolean> {
+async function hasSum(path: string, { sha256 }: FileSum, progress: { bytes: number }): Promise<boolean> {
   interrupted.throwIfAborted()
-  return await sumOf(path).then(
+  return await sumOf(path, progress).then(
     (found) => found.sha256 === sha256,
     () => false,
   )

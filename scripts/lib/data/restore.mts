@@ -140,7 +140,12 @@ async function writeDown(job: Job): Promise<void> {
   const { site, id, folder, manifest, withDatabase } = job
   const mustServe = job.wasServing && job.databases.live !== undefined && !job.accept.includes('other-schema')
   // Visitors went on while the dump was restored.
-  if (job.uploads) job.uploads = await plans.planExchange(site, job.lines(), missingIn(manifest))
+  const compared = { bytes: 0 }
+  if (job.uploads)
+    job.uploads = await alive(
+      () => `comparing the uploads, ${megabytes(compared.bytes)}`,
+      () => plans.planExchange(site, job.lines(), missingIn(manifest), compared),
+    )
   await alive(
     () => (job.uploads ? `unpacking ${megabytes(plans.bytesOf(job.uploads))}` : ''),
     () =>

@@ -12,7 +12,7 @@ import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
 import { addToResult, detail, exitCodes, explain, Problem, warn } from '../report.mts'
-import { exampleFile, loadSite, scriptCommand, withEnvironment, type Site } from '../settings.mts'
+import { exampleFile, loadSite, scriptCommand, stateDirOf, withEnvironment, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
@@ -44,7 +44,7 @@ export interface Migration {
 /** @throws Problem (usage) that lists all that is not understood; nothing is changed */
 export async function see(envFile: string, from: string, leave: string[]): Promise<Migration> {
   const folder = resolve(from)
-  const noted = await notes({ stateDir: resolve(envFile, '../.state') })
+  const noted = await notes({ stateDir: stateDirOf(envFile) })
   const legacy = await look(folder, leave, noted).catch(async (error: unknown) => {
     // Without an engine there is nothing to be seen.
     if ((await missingSoftware()).length === 0) throw error

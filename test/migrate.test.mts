@@ -439,7 +439,7 @@ describe('a migration', () => {
       const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))
       if (step !== 'check') expect(stdout).not.toContain('8/8')
       const back = await mustSucceed(legacy.migrate('--rollback', '--yes'))
-      // Restores have kept something beside the uploads: those are not among it.
+      // The copy of the uploads is not among it where it holds what nobody else has.
       expect(back.stdout).toMatch(/To be rid of it: (rm -r .*; )?docker image rm/)
       await expectLegacy(legacy)
       expect(await legacy.sql(allRows)).toBe(rows)

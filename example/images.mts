@@ -13,6 +13,17 @@ export interface BaseImages {
 
 export async function baseImages(): Promise<BaseImages> {
   if (await registryAnswers()) return { standIns: false, settings: {} }
+  return { standIns: true, settings: await buildStandIns() }
+}
+
+/** Of another major version, with another C library and ICU, as a server may have it that a site is moved from. */
+export async function olderPostgresql(standIns: boolean): Promise<string> {
+  if (!standIns) return 'postgres:15-bookworm'
+  return (await buildStandIns('older')).POSTGRES_IMAGE ?? ''
+}
+
+/** @returns a line each, as in .env */
+async function buildStandIns(...options: string[]): Promise<Record<string, string>> {
   if ((await ask(['mmdebstrap', '--version'])) === undefined) {
     await run(['apt-get', 'install', '--yes', '--quiet', '--no-install-recommends', 'mmdebstrap'], {
       env: { DEBIAN_FRONTEND: 'noninteractive' },
@@ -23,9 +34,9 @@ export async function baseImages(): Promise<BaseImages> {
   let latest = ''
   const output = await alive(
     () => latest,
-    () => run([script], { timeoutMs: 1_200_000, onLine: (line) => (latest = line) }),
+    () => run([script, ...options], { timeoutMs: 1_200_000, onLine: (line) => (latest = line) }),
   )
-  return { standIns: true, settings: parse(output) }
+  return parse(output)
 }
 
 /** The smallest of the images is asked for; a machine without a way out answers at once or not at all. */

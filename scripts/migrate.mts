@@ -161,12 +161,12 @@ async function take(
   isBehind = false,
 ): Promise<void> {
   await step(number, title, async () => {
-    if (isBehind || (await isDone?.(migration))) return detail('done already')
+    if (isBehind || (await isDone(migration))) return detail('done already')
     if (report.isDryRun()) return detail(`would ${await plan(migration)}`)
     const since = Date.now()
     await act(migration)
     const now = await seeAgain(migration)
-    const undone = left ? await left(now, since) : (await isDone?.(now)) === false ? [title] : []
+    const undone = left ? await left(now, since) : (await isDone(now)) ? [] : [title]
     if (undone.length === 0) return
     const hasImpact = impact.some((one) => one.name === name)
     throw new Problem(

@@ -5,7 +5,15 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import * as engine from '../scripts/lib/engine.mts'
 import { startEngine } from '../scripts/lib/install.mts'
 import { deployAnd, expectWhole, mustSucceed, resultOf, tinySite, type TestSite } from './harness.mts'
-import { expectLegacy, expectMigrated, killAt, tinyLegacy, type LegacyTest } from './legacy.mts'
+import {
+  expectLegacy,
+  expectMigrated,
+  killAt,
+  sumsOf,
+  tinyLegacy,
+  untilAnswered,
+  type LegacyTest,
+} from './legacy.mts'
 
 describe('the engine', () => {
   let site: TestSite
@@ -49,6 +57,16 @@ describe('a migration, in the middle of its switch', () => {
     await legacy.remove()
   })
 
+  test('does not begin while the engine is down, and says so', async () => {
+    const before = await sumsOf(legacy.folder)
+    await stopEngine()
+    const { code, stderr } = await legacy.migrate('--yes')
+    await startEngine()
+    expect([code, stderr]).toEqual([2, expect.stringContaining('Docker')])
+    expect(await sumsOf(legacy.folder)).toEqual(before)
+    await untilAnswered(legacy, 60_000)
+  })
+
   test('is taken back, or ended, by the next command when the engine restarts', async () => {
     const rows = await legacy.sql('SELECT count(*) FROM things')
     const restarts: Promise<void>[] = []
@@ -76,11 +94,15 @@ describe('a migration, in the middle of its switch', () => {
 
 /** As a crash of the engine: containers die with it, and it starts again. */
 async function restartEngine(): Promise<void> {
+  await stopEngine()
+  await startEngine()
+}
+
+async function stopEngine(): Promise<void> {
   const pid = Number(await readFile('/var/run/docker.pid', 'utf8'))
   process.kill(pid, 'SIGTERM')
   while ((await engine.version().catch(() => undefined)) !== undefined) await sleep(50)
   while (await isAlive(pid)) await sleep(50)
-  await startEngine()
 }
 
 async function isAlive(pid: number): Promise<boolean> {

@@ -1,7 +1,7 @@
 /** A legacy site for the tests: running, filled, with a helper for what visitors and operators see of it. */
 import { createHash, randomBytes } from 'node:crypto'
 import { createReadStream } from 'node:fs'
-import { mkdtemp, readdir, stat, writeFile } from 'node:fs/promises'
+import { mkdtemp, readdir, readFile, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -15,6 +15,7 @@ import {
 } from '../example/legacy.mts'
 import { run } from '../scripts/lib/command.mts'
 import * as engine from '../scripts/lib/engine.mts'
+import { setValues } from '../scripts/lib/envfile.mts'
 import { getUrl } from '../scripts/lib/http.mts'
 import { projectRoot } from '../scripts/lib/settings.mts'
 import { resultOf, testSite, type Outcome, type TestSite } from './harness.mts'
@@ -28,14 +29,24 @@ export interface LegacyTest extends LegacySite {
   remove(): Promise<void>
 }
 
-/** With the tiny app in Strapi's place. Its tables are those that a migration looks at. */
-export async function tinyLegacy(port: number, settings: Record<string, string> = {}): Promise<LegacyTest> {
+/**
+ * With the tiny app in Strapi's place. Its tables are those that a migration looks at.
+ * @param settings of the new set-up
+ * @param theirs in the legacy docker/.env
+ */
+export async function tinyLegacy(
+  port: number,
+  settings: Record<string, string> = {},
+  theirs: Record<string, string> = {},
+): Promise<LegacyTest> {
   const legacy = await newLegacy(port, join(projectRoot, 'test/tiny'), {
     STRAPI_DOCKERFILE: join(projectRoot, 'test/tiny/Dockerfile'),
     HEALTH_INTERVAL: '0.2',
     HEALTH_TIMEOUT: '15',
     ...settings,
   })
+  const env = join(legacy.folder, '.env')
+  await writeFile(env, setValues(await readFile(env, 'utf8'), theirs), { mode: 0o600 })
   const scripts = { build: 'true', start: 'node server.mjs' }
   await writeFile(
     join(legacy.source, 'package.json'),

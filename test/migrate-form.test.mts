@@ -40,10 +40,8 @@ beforeAll(async () => {
   await rm(join(legacy.folder, 'docker-compose.yml'))
   await rename(join(legacy.folder, '.env'), join(legacy.folder, 'env.old'))
   const env = join(legacy.source, '.env')
-  await writeFile(
-    env,
-    setValues((await readText(env)) ?? '', { DATABASE_HOST: 'db', REDIS_HOST: 'cache-redis' }),
-  )
+  const text = setValues((await readText(env)) ?? '', { DATABASE_HOST: 'db', REDIS_HOST: 'cache-redis' })
+  await writeFile(env, text.replace(/^ENCRYPTION_KEY=.*\n/m, ''))
   await run([
     'sh',
     '-c',
@@ -123,6 +121,12 @@ test('a service that is not known stops it; with --leave it stays as it is', asy
     mail: 'running',
   })
   expect(await liveKitOf(legacy.own.project)).toBe('running')
+})
+
+test('a secret that the legacy application does not have is made, for the new one alone', async () => {
+  const key = async (source: string) => (await readEnv(join(source, '.env')))?.ENCRYPTION_KEY
+  expect(await key(legacy.source)).toBe(undefined)
+  expect(await key(legacy.own.source)).toMatch(/^\S{32,}$/)
 })
 
 test('and back', async () => {

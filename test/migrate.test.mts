@@ -1,6 +1,17 @@
 /** From the legacy set-up to the new one and back: what is there comes along, and nothing is changed before. The tiny app stands for Strapi. */
 import { rmSync, writeFileSync } from 'node:fs'
-import { copyFile, mkdir, readdir, readFile, rename, rm, stat, symlink, writeFile } from 'node:fs/promises'
+import {
+  copyFile,
+  mkdir,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  symlink,
+  utimes,
+  writeFile,
+} from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { once } from 'node:events'
 import { dirname, join } from 'node:path'
@@ -10,6 +21,7 @@ import { run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText } from '../scripts/lib/envfile.mts'
+import { render } from '../scripts/lib/nginx.mts'
 import { loadSite } from '../scripts/lib/settings.mts'
 import { legacyCompose } from '../example/legacy.mts'
 import {
@@ -24,7 +36,7 @@ import {
   worldOf,
   type LegacyTest,
 } from './legacy.mts'
-import { mustSucceed } from './harness.mts'
+import { mustSucceed, resultOf } from './harness.mts'
 
 let legacy: LegacyTest
 
@@ -217,6 +229,8 @@ describe('a migration', () => {
   test('takes everything along, and visitors miss no more than a start', async () => {
     rows = await legacy.sql(allRows)
     await setJob('7')
+    const own = join(legacy.folder, 'strapi/Dockerfile.backup')
+    await writeFile(own, 'of somebody')
     for (const name of ['replaced.jpg', 'deleted.jpg'])
       await writeFile(join(legacy.uploads, name), 'before the first pass')
     const editorsGoOn = () => {
@@ -259,6 +273,8 @@ describe('a migration', () => {
     const { uid, gid } = await stat(join(legacy.own.folder, 'uploads/empty.bin'))
     expect([uid, gid]).toEqual([1000, 1000])
     expect(await job()).toBe('7')
+    expect(outcome.stdout).toContain(`${own} was there before, is another one and stays`)
+    expect(await readFile(own, 'utf8')).toBe('of somebody')
   })
 
   test('has a set of the legacy site, with its configuration and how to put it back there', async () => {
@@ -367,6 +383,20 @@ describe('a migration', () => {
   test('goes by dump and restore where the database is to be in another folder; back, what came since is left in a set', async () => {
     await legacy.site.set({ POSTGRES_VOLUME: join(legacy.own.folder, 'postgresql') })
     rows = await legacy.sql(allRows)
+    // nginx takes an upstream once: with this file, not the new site's.
+    const rival = join(legacy.own.folder, 'nginx/conf.d/rival.conf')
+    const [, upstream] = /upstream (\S+)/.exec(await render(await loadSite(legacy.own.envFile))) ?? []
+    const argv = ['--from', legacy.folder, '--yes']
+    const failed = await legacy.site.begin('migrate', argv, ({ message }) => {
+      if (message === 'starting strapi-master')
+        writeFileSync(rival, `upstream ${upstream} { server 127.0.0.1:9; }`)
+    }).outcome
+    expect([failed.code, failed.stdout]).toEqual([3, expect.stringContaining('duplicate upstream')])
+    expect(resultOf(failed).error).toContain(
+      'visitors are served by the new set-up through the legacy nginx file',
+    )
+    expect(await isAnswered(legacy.own.url)).toBe(true)
+    await rm(rival)
     await mustSucceed(legacy.migrate('--yes'))
     await expectMigrated(legacy)
     expect(await legacy.sql(allRows, true)).toBe(rows)
@@ -385,9 +415,30 @@ describe('a migration', () => {
     await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
   })
 
+  test('builds only what has changed since it was built, or is not there', async () => {
+    const isBuiltBy = async () => {
+      const { stdout } = await mustSucceed(legacy.migrate('--until', 'build'))
+      return !/5\/8 [^\n]*\n +done already/.test(stdout)
+    }
+    const changes: [string, () => Promise<unknown>][] = [
+      ['nothing was prepared', async () => undefined],
+      ['the application', () => utimes(join(legacy.own.folder, 'strapi/server.mjs'), 1, 1)],
+      ['a setting', () => legacy.site.set({ HEALTH_TIMEOUT: '16' })],
+      ['a container', () => run(['docker', 'rm', `${legacy.own.project}-redis`])],
+      [
+        'an image',
+        () => run(['docker', 'tag', `${legacy.own.project}-redis`, `${legacy.own.project}-postgresql`]),
+      ],
+    ]
+    for (const [what, change] of changes) {
+      await change()
+      expect([what, await isBuiltBy()]).toEqual([what, true])
+      expect([what, await isBuiltBy()]).toEqual([what, false])
+    }
+  })
+
   test('is seen without its journal, and goes on and back without it', async () => {
     const journal = join(dirname(legacy.own.envFile), '.state/migration.jsonl')
-    await mustSucceed(legacy.migrate('--until', 'build'))
     await rm(journal)
     await mustSucceed(legacy.migrate('--until', 'switch', '--yes'))
     await rm(journal)

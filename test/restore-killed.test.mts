@@ -1,9 +1,11 @@
 /** A restore or undo that is killed, or brings what cannot serve: the next run mends it. */
 import { existsSync } from 'node:fs'
-import { readdir, rename, rm } from 'node:fs/promises'
+import { mkdir, readdir, rename, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { run } from '../scripts/lib/command.mts'
+import { incoming } from '../scripts/lib/data/databases.mts'
+import { setFolder } from '../scripts/lib/data/sets.mts'
 import { ownFolder } from '../scripts/lib/data/untar.mts'
 import { type Site } from '../scripts/lib/settings.mts'
 import { mustSucceed, resultOf, type Event, type TestSite } from './harness.mts'
@@ -180,6 +182,28 @@ describe('killed with -9', () => {
     }
     await mustSucceed(own.run('data', 'backup', '--only', 'config'))
     expect(await state()).toEqual(spoilt)
+    await expectNothingHalfMade()
+  })
+
+  test('while what it had unpacked cannot be removed, all else is mended', async () => {
+    const id = '20200101_000000'
+    const busy = join(site.folders.uploads, ownFolder, id, 'new')
+    await mkdir(busy, { recursive: true })
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', busy])
+    await sql(`CREATE DATABASE ${incoming}`, 'postgres')
+    const moved = join(site.folders.uploads, ownFolder, `removing-${id}`)
+    try {
+      const { stdout } = await mustSucceed(own.run('data', 'backup', '--only', 'config'))
+      expect(stdout).toContain(`what restore ${id} had unpacked cannot be removed yet`)
+      expect(stdout).toContain('a half-restored database: removed')
+    } finally {
+      await run(['umount', join(moved, 'new')])
+    }
+    // The set that the tests restore is not the newest of this day.
+    await rename(setFolder(site, set), join(own.folder, 'aside'))
+    await mustSucceed(own.run('data', 'prune'))
+    await rename(join(own.folder, 'aside'), setFolder(site, set))
+    expect(existsSync(moved)).toBe(false)
     await expectNothingHalfMade()
   })
 

@@ -20,6 +20,7 @@ case $VERSION_CODENAME in
   bookworm) release=trixie ;; # Debian 12 has PostgreSQL 15 and Node 18
   *) release=$VERSION_CODENAME ;;
 esac
+if [[ ${1-} = older ]]; then release=bookworm; fi
 architecture=$(dpkg --print-architecture)
 
 # apt knows the host's own mirror, however it is written down; Origin leaves other people's packages out.
@@ -105,7 +106,8 @@ stand_in() {
   echo "$1=$image"
 }
 
-stand_in NODE_IMAGE node node
 stand_in POSTGRES_IMAGE postgres postgres
+if [[ ${1-} = older ]]; then exit; fi
+stand_in NODE_IMAGE node node
 stand_in REDIS_IMAGE redis redis-server
 say 'These images stand in for the official ones in the trial and the tests. Never run them in production.'

@@ -175,9 +175,13 @@ export async function mendRestore(site: Site): Promise<Mended> {
   let takenBack: string | undefined
   // Nothing depends on them, and they may fill the disk that PostgreSQL needs to start.
   for (const { id } of pending.filter(({ stage }) => stage === 'staging')) {
-    await plans.removeExchange(site, id)
-    found.push(`unpacked uploads of restore ${id}: removed`)
-    takenBack = `restore ${id} is taken back`
+    try {
+      await plans.removeExchange(site, id)
+      found.push(`unpacked uploads of restore ${id}: removed`)
+      takenBack = `restore ${id} is taken back`
+    } catch (error) {
+      warn(`what restore ${id} had unpacked cannot be removed yet: ${explain(error)}`)
+    }
   }
   const exchanges = pending.filter(({ stage }) => stage !== 'staging')
   const postgresql = await (exchanges.length > 0 ? startingPostgresql(site) : healthyPostgresql(site))

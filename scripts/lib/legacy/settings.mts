@@ -1,7 +1,6 @@
 /** The settings of the new set-up: those of the legacy one, with what is different here. Comments and order stay. */
 import { existsSync } from 'node:fs'
-import { createHash } from 'node:crypto'
-import { cp, mkdir, readdir, stat } from 'node:fs/promises'
+import { cp, mkdir } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { run } from '../command.mts'
@@ -11,6 +10,7 @@ import { detail, refuseInDryRun } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
 import { invokingUser } from '../users.mts'
+import { digestOf } from './digest.mts'
 import { note, notes } from './journal.mts'
 import type { Legacy } from './look.mts'
 import type { LegacyNginx } from './nginx.mts'
@@ -156,7 +156,7 @@ export async function writeSettings(
   if (!existsSync(join(site.source, 'package.json')) || (await isCopyOld(site, legacy))) {
     await copyApplication(legacy, site.source)
     await giveToUser(site.source)
-    await note(site, { copied: await digestOf(legacy) })
+    await note(site, { copied: await digestOfApplication(legacy) })
     detail(`copied the application to ${site.source}`)
   }
   await writeEnv(join(site.source, '.env'), application)
@@ -174,26 +174,11 @@ async function giveToUser(path: string): Promise<void> {
 /** Whether the application here is a copy of what the legacy one no longer is. */
 export async function isCopyOld(site: Site, legacy: Legacy): Promise<boolean> {
   const { copied } = await notes(site)
-  return Boolean(copied) && copied !== (await digestOf(legacy))
+  return Boolean(copied) && copied !== (await digestOfApplication(legacy))
 }
 
-/** Of names, sizes and times: what somebody edits shows. */
-async function digestOf(legacy: Legacy): Promise<string> {
-  const hash = createHash('sha256')
-  const skipped = skippedOf(legacy)
-  const visit = async (folder: string): Promise<void> => {
-    for (const entry of await readdir(folder, { withFileTypes: true })) {
-      const path = join(folder, entry.name)
-      if (skipped.has(path)) continue
-      if (entry.isDirectory()) await visit(path)
-      else if (entry.isFile()) {
-        const { size, mtimeMs } = await stat(path)
-        hash.update(`${path} ${size} ${mtimeMs}\n`)
-      }
-    }
-  }
-  await visit(legacy.source)
-  return hash.digest('hex')
+async function digestOfApplication(legacy: Legacy): Promise<string> {
+  return await digestOf([legacy.source], { skipped: [...skippedOf(legacy)], onlyContents: true })
 }
 
 /** What is built, installed or uploaded, and what is told otherwise. */

@@ -2,9 +2,7 @@
 import { existsSync, statSync } from 'node:fs'
 import { copyFile, rename } from 'node:fs/promises'
 import { basename, join, relative } from 'node:path'
-import { build, pin } from '../actions.mts'
-import { run } from '../command.mts'
-import * as compose from '../compose.mts'
+import type { Server } from '../compose.mts'
 import { endSessions, makeBackup } from '../data/backup.mts'
 import { credentialFiles, serviceFiles, type ConfigFile } from '../data/config.mts'
 import { parts, readManifest, type Manifest } from '../data/manifest.mts'
@@ -12,23 +10,18 @@ import type { ByHand } from '../data/recovery.mts'
 import { megabytes } from '../data/room.mts'
 import { setFolder } from '../data/sets.mts'
 import { rememberProven } from '../data/verified.mts'
-import * as engine from '../engine.mts'
 import { readEnv, readText } from '../envfile.mts'
-import { isSameFolder, makeFolders } from '../folders.mts'
-import { newReleaseName } from '../releases.mts'
-import type { Site } from '../settings.mts'
-import { alive, detail, exitCodes, interrupted, Problem, refuseInDryRun, warn } from '../report.mts'
-import { usesLiveKit } from '../checks/settings.mts'
+import { makeFolders } from '../folders.mts'
+import { alive, detail, interrupted, refuseInDryRun, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
+import type { Site } from '../settings.mts'
 import { differences as nginxDifferences } from '../traffic.mts'
-import { reasonToDump, sortingOf, usedLocales } from './database.mts'
+import { buildAll, isBuilt, notPrepared } from './build.mts'
 import { note, notes } from './journal.mts'
 import { nameOf, type Legacy } from './look.mts'
 import type { Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
-import { redisMajor } from './redis.mts'
-import { differences, freshDatabaseFolder, isCopyOld, writeSettings } from './settings.mts'
-import { removeNew, startPostgresql } from './newsetup.mts'
+import { differences, isCopyOld, writeSettings } from './settings.mts'
 import { isSwitched, legacyView, switchOver, uploadsOwner } from './switch.mts'
 import { copyUploads, differingUploads, newProgress } from './uploads.mts'
 
@@ -38,8 +31,8 @@ export interface Step {
   title: string
   /** What a dry run says. */
   plan: (migration: Migration) => string | Promise<string>
-  /** Already done? Missing for a build: only to build it tells, from the engine's cache. */
-  isDone?: (migration: Migration) => Promise<boolean>
+  /** Already done? */
+  isDone: (migration: Migration) => Promise<boolean>
   act: (migration: Migration) => Promise<void>
   /** Really done? Where that is another question than `isDone`. @param since when it was begun, in ms since 1970 @returns what is not */
   left?: (migration: Migration, since: number) => Promise<string[]>
@@ -88,6 +81,7 @@ export const preparation: Step[] = [
     name: 'build',
     title: 'Build the new images, make the containers, start nothing that collides',
     plan: ({ site }) => `build ${site.image} from ${site.source}, PostgreSQL and Redis`,
+    isDone: isBuilt,
     act: buildAll,
     left: notPrepared,
   },
@@ -161,7 +155,7 @@ async function backUp({ site, legacy, nginx }: Migration): Promise<void> {
 }
 
 /** For RECOVERY.md. */
-function byHand({ services: { strapi, postgresql } }: Legacy, server: compose.Server): ByHand {
+function byHand({ services: { strapi, postgresql } }: Legacy, server: Server): ByHand {
   const superuser = typeof server === 'string' ? 'postgres' : server.superuser
   return {
     inContainer: `docker exec -i -u postgres -e PGUSER=${superuser} ${nameOf(postgresql)}`,
@@ -236,103 +230,4 @@ async function notCopied({ legacy, site }: Migration, since: number): Promise<st
     const source = statSync(join(legacy.uploads, name), { throwIfNoEntry: false })
     return source !== undefined && source.ctimeMs < since
   })
-}
-
-async function buildAll(migration: Migration): Promise<void> {
-  const { site } = migration
-  // Also what was built before: somebody may have mended it since. What has not changed comes from the cache.
-  const release = await newReleaseName(site)
-  await build(site, release)
-  await pin(site, release)
-  await alive(
-    () => 'building PostgreSQL and Redis',
-    () => run(compose.buildServices(site), { timeoutMs: 3_600_000, env: { DOCKER_BUILDKIT: '1' } }),
-  )
-  const reason = await reasonNotToShare(migration)
-  detail(
-    reason === undefined
-      ? 'the new PostgreSQL takes the data over as it is'
-      : `${reason}: the database goes to ${site.folders.postgres} by dump and restore; the old one is kept`,
-  )
-  await refuseOlderRedis(migration)
-  if (reason !== undefined) await warnOfOthers(migration)
-  await makeContainers(migration, reason === undefined)
-}
-
-/** Each service has a container of the image that is there under its name now, and what would collide does not run. */
-async function notPrepared({ site }: Migration): Promise<string[]> {
-  const wrong: string[] = []
-  for (const service of ['postgresql', 'redis', 'strapi-master']) {
-    const [made] = await engine.serviceContainers(site.project, service)
-    const { Image: id, Config, State } = made ?? {}
-    if (Config === undefined) wrong.push(`${service} has no container`)
-    else if ((await engine.image(Config.Image))?.Id !== id) wrong.push(`${service} is not of ${Config.Image}`)
-    else if (service === 'strapi-master' && Config.Image !== `${site.image}:${site.release}`)
-      wrong.push(`strapi-master is of ${Config.Image}, not of ${site.release}`)
-    // In a folder of its own, PostgreSQL runs already.
-    else if (service !== 'postgresql' && State?.Status !== 'created') wrong.push(`${service} was started`)
-  }
-  return wrong
-}
-
-async function refuseOlderRedis({ site, legacy }: Migration): Promise<void> {
-  const [from, to] = await Promise.all([
-    redisMajor(legacy.services.redis.container.Image),
-    redisMajor(`${site.values.CONTAINER_PREFIX || 'bob-'}redis`),
-  ])
-  if (!(to < from)) return
-  throw new Problem(
-    exitCodes.usage,
-    `the data is of Redis ${from}, and ${site.values.REDIS_IMAGE} is Redis ${to}; visitors are served as before`,
-    `Set REDIS_IMAGE in ${site.envFile} to one of Redis ${from} or newer.`,
-  )
-}
-
-/** A dump is of one database. */
-async function warnOfOthers({ legacy: { database } }: Migration): Promise<void> {
-  if (!database.live) return
-  const sql = `SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> 'postgres' ORDER BY 1`
-  const names = (await run(compose.query(database.live.server, 'postgres', sql))).trim().split('\n')
-  const others = names.filter((name) => name !== database.name)
-  if (others.length > 0)
-    warn(`PostgreSQL also holds ${others.join(', ')}, which stays behind: dump and restore it by hand`)
-}
-
-/** The order of texts, and who owns what, must not change under the data. @throws Problem when there is no way at all */
-async function reasonNotToShare({ site, legacy }: Migration): Promise<string | undefined> {
-  const { database } = legacy
-  const [from, to, used] = await Promise.all([
-    sortingOf(legacy.services.postgresql.container.Image),
-    sortingOf(`${site.values.CONTAINER_PREFIX || 'bob-'}postgresql`),
-    usedLocales(legacy),
-  ])
-  if (to.major < from.major)
-    throw new Problem(
-      exitCodes.usage,
-      `the data is of PostgreSQL ${from.major}, and ${site.values.POSTGRES_IMAGE} is PostgreSQL ${to.major}; visitors are served as before`,
-      `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${from.major} or newer.`,
-    )
-  if (database.isVolume) return 'the data is in a volume of the engine, not in a folder'
-  if (site.database.name !== database.name || site.database.user !== database.user)
-    return 'Strapi gets a database and a user of its own'
-  if (!isSameFolder(site.folders.postgres, await freshDatabaseFolder(legacy)))
-    return 'POSTGRES_VOLUME is another folder'
-  return reasonToDump(from, to, used)
-}
-
-/** All of them, as the settings are now; none is started, but PostgreSQL in a folder of its own. */
-async function makeContainers({ site, legacy }: Migration, isShared: boolean): Promise<void> {
-  await removeNew(site)
-  const volume = isShared ? { POSTGRES_VOLUME: legacy.database.folder } : undefined
-  const env = { STRAPI_VERSION: site.release, ...volume }
-  await run(compose.create(site, 'strapi-master'), { env })
-  // Its image may have to come from far away: not while calls are off.
-  if (usesLiveKit(site))
-    await alive(
-      () => 'fetching the image of LiveKit',
-      () => run(compose.createLiveKit(site), { env, timeoutMs: 1_800_000 }),
-    )
-  if (isShared) return
-  const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
-  if (postgresql) await startPostgresql(postgresql)
 }

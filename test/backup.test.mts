@@ -10,7 +10,9 @@ import { query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { healthyPostgresql, makeBackup } from '../scripts/lib/data/backup.mts'
 import { readManifest, uploadLines, wrongSums } from '../scripts/lib/data/manifest.mts'
+import { psql } from '../scripts/lib/data/postgresql.mts'
 import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
+import { startSession } from '../scripts/lib/data/snapshot.mts'
 import { folderBytes } from '../scripts/lib/data/uploads.mts'
 import { rememberProven } from '../scripts/lib/data/verified.mts'
 import { type Site } from '../scripts/lib/settings.mts'
@@ -25,7 +27,7 @@ import {
 } from './harness.mts'
 import { filesOfSet, siteWithPictures } from './sites.mts'
 
-const { begin, pictures, sql, makeSet, addPicture, expectNothingHalfMade } = siteWithPictures(18_300)
+const { begin, pictures, sql, makeSet, writePicture, expectNothingHalfMade } = siteWithPictures(18_300)
 let own: TestSite
 let site: Site
 
@@ -129,14 +131,15 @@ describe('a backup', () => {
     const going = new Set<string>()
     // So many pictures later: what came and went between two passes, nobody could have.
     const gone = 14
+    const session = startSession(psql((await healthyPostgresql(site)) ?? '', site.database.name, 'editors'))
     const editors = (async () => {
       for (let number = 0; !stopping.signal.aborted; number += 1) {
-        await addPicture(`live_${number}.png`)
+        await session.ask(`${await writePicture(`live_${number}.png`)};`)
         // Replaced: new bytes under the old name, then its row.
         if (number % 3 === 1) {
           const name = `live_${number - 1}.png`
           await writeFile(join(site.folders.uploads, name), randomBytes(25_000))
-          await sql(`UPDATE files SET size = 25 WHERE name = '${name}'`)
+          await session.ask(`UPDATE files SET size = 25 WHERE name = '${name}';`)
         }
         // Gone for good: the files first, then the row, as Strapi does.
         if (number % 3 === 2 && number >= gone) {
@@ -145,10 +148,9 @@ describe('a backup', () => {
             going.add(one)
             await unlink(join(site.folders.uploads, one))
           }
-          await sql(`DELETE FROM files WHERE name = '${name}'`)
+          await session.ask(`DELETE FROM files WHERE name = '${name}';`)
         }
-        // The backups are to be seen at work, not the commands of this.
-        await sleep(100)
+        await sleep(300)
       }
     })()
     try {
@@ -166,6 +168,7 @@ describe('a backup', () => {
     } finally {
       stopping.abort()
       await editors
+      await session.end()
     }
   })
 

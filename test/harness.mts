@@ -196,24 +196,27 @@ export async function deployAnd(
   return outcome
 }
 
-/** What may happen to a file of a set. */
-export function damages(file: string, other: string): ((folder: string) => Promise<unknown>)[] {
-  return [
-    async (folder) => {
-      const content = await readFile(join(folder, file))
-      const at = Math.floor(content.length / 2)
-      content[at] = (content[at] ?? 0) ^ 1
-      await writeFile(join(folder, file), content)
-    },
-    async (folder) => truncate(join(folder, file), (await stat(join(folder, file))).size - 1),
-    (folder) => appendFile(join(folder, file), '0'),
-    (folder) => unlink(join(folder, file)),
-    async (folder) => {
-      await rename(join(folder, file), join(folder, 'aside'))
-      await rename(join(folder, other), join(folder, file))
-      await rename(join(folder, 'aside'), join(folder, other))
-    },
-  ]
+export const damages = ['a bit flipped', 'cut', 'longer', 'deleted', 'swapped'] as const
+
+/** What may happen to files of a set; each of them gets it. */
+export async function damage(folder: string, names: string[], how: (typeof damages)[number]): Promise<void> {
+  for (const [at, name] of names.entries()) {
+    const path = join(folder, name)
+    if (how === 'a bit flipped') {
+      const content = await readFile(path)
+      const middle = Math.floor(content.length / 2)
+      content[middle] = (content[middle] ?? 0) ^ 1
+      await writeFile(path, content)
+    } else if (how === 'cut') await truncate(path, (await stat(path)).size - 1)
+    else if (how === 'longer') await appendFile(path, '0')
+    else if (how === 'deleted') await unlink(path)
+    else if (at % 2 === 0) {
+      const other = join(folder, names[at + 1] ?? 'RECOVERY.md')
+      await rename(path, join(folder, 'aside'))
+      await rename(other, path)
+      await rename(join(folder, 'aside'), other)
+    }
+  }
 }
 
 /** Passwords of its services, keys of its application. */

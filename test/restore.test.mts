@@ -17,8 +17,8 @@ import { setFolder } from '../scripts/lib/data/sets.mts'
 import { ownFolder } from '../scripts/lib/data/untar.mts'
 import { projectRoot, type Site } from '../scripts/lib/settings.mts'
 import { logIn, seePicture } from './admin.mts'
-import { damages, expectUnseen, mustSucceed, resultOf, secretsOf, type TestSite } from './harness.mts'
-import { filesOfSet, siteToRestore, type State } from './sites.mts'
+import { damage, damages, expectUnseen, mustSucceed, resultOf, secretsOf, type TestSite } from './harness.mts'
+import { damagedTogether, siteToRestore, type State } from './sites.mts'
 
 const {
   begin,
@@ -394,22 +394,20 @@ describe('a set that does not fit', () => {
     await writeManifest(setFolder(site, copy), { ...manifest, ...fields(manifest) })
   }
 
-  test.each(filesOfSet)(
-    'because %s has another bit, was cut, made longer, deleted or swapped is refused before anything is touched',
-    async (file) => {
+  test.each(damages)(
+    'because each of its files is damaged (%s) is refused before anything is touched',
+    async (how) => {
       const current = await state()
       const folder = setFolder(site, copy)
-      for (const damage of damages(
-        file,
-        filesOfSet[(filesOfSet.indexOf(file) + 1) % filesOfSet.length] ?? '',
-      )) {
+      for (const names of damagedTogether) {
         await rm(folder, { recursive: true })
         await cp(setFolder(site, set), folder, { recursive: true })
         await run(['chmod', '-R', 'u+w', folder])
-        await damage(folder)
+        await damage(folder, names, how)
         const outcome = await own.run('data', 'restore', copy, '--yes')
         expect(outcome.code, outcome.stdout).toBe(1)
         expect(outcome.stderr).toContain('nothing was changed')
+        for (const name of names) expect(outcome.stderr).toContain(name)
       }
       expect(await state()).toEqual(current)
       await expectNothingHalfMade()

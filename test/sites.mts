@@ -26,6 +26,13 @@ export const filesOfSet = [
   'uploads.tar',
 ]
 
+/** What describes the others is damaged alone. */
+export const damagedTogether = [
+  filesOfSet.filter((name) => name !== 'manifest.json' && name !== 'SHA256SUMS'),
+  ['manifest.json'],
+  ['SHA256SUMS'],
+]
+
 interface Own {
   own: TestSite
   site: Site
@@ -58,22 +65,22 @@ export function siteWithPictures(port: number) {
     const own = await strapiSite(port)
     await mustSucceed(own.run('deploy'))
     here = { own, site: await loadSite(own.envFile) }
-    for (let number = 0; number < 200; number += 1) await addPicture(`picture_${number}.png`)
+    const rows: string[] = []
+    for (let number = 0; number < 200; number += 1) rows.push(await writePicture(`picture_${number}.png`))
+    await sql(rows.join('; '))
     await sql("INSERT INTO pings (token) SELECT 'token-' || n FROM generate_series(1, 500) AS n")
     return here
   }
 
-  /** As Strapi does: the file first, then its row, which also names a smaller format. */
-  async function addPicture(name: string): Promise<void> {
+  /** As Strapi does: the file first, then its row, which also names a smaller format. @returns the SQL for that */
+  async function writePicture(name: string): Promise<string> {
     for (const one of [name, `small_${name}`]) {
       const content = randomBytes(20_000)
       pictures.set(one, content)
       await writeFile(join(here.site.folders.uploads, one), content)
     }
     const formats = JSON.stringify({ small: { url: `/uploads/small_${name}` } })
-    await sql(
-      `INSERT INTO files (name, hash, mime, size, url, provider, formats) VALUES ('${name}', '${name}', 'image/png', 20, '/uploads/${name}', 'local', '${formats}')`,
-    )
+    return `INSERT INTO files (name, hash, mime, size, url, provider, formats) VALUES ('${name}', '${name}', 'image/png', 20, '/uploads/${name}', 'local', '${formats}')`
   }
 
   /** Nothing but finished sets and the empty incoming folder is there, and no session is left in PostgreSQL. */
@@ -88,7 +95,7 @@ export function siteWithPictures(port: number) {
     expect(await orphans(here.own.project)).toEqual([])
   }
 
-  return { begin, pictures, postgresql, sql, makeSet, addPicture, expectNothingHalfMade }
+  return { begin, pictures, postgresql, sql, makeSet, writePicture, expectNothingHalfMade }
 }
 
 export interface State {
@@ -133,21 +140,16 @@ export function siteToRestore(port: number) {
 
   /** Every row and every byte that is live. */
   async function state(): Promise<State> {
-    const tables = (
-      await sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
-    ).split('\n')
-    const questions = tables.map(
-      (table) =>
-        `SELECT json_build_array('${table}', count(*) || ' ' || coalesce(md5(string_agg(t::text, ',' ORDER BY t::text)), '-'))::text FROM "${table}" AS t${ownOf(table)}`,
-    )
-    const lines = (await sql(questions.join(' UNION ALL '))).split('\n')
-    const rows = lines.map((line) => JSON.parse(line) as [string, string])
+    const lines = (await sql(everything)).split('\n')
+    const isRow = (line: string) => line.startsWith('["')
+    const rows = lines.filter(isRow).map((line) => JSON.parse(line) as [string, string])
     const uploads: Record<string, string> = {}
     for await (const name of filesBelow(here.site.folders.uploads)) {
       const content = await readFile(join(here.site.folders.uploads, name))
       uploads[name] = createHash('sha256').update(content).digest('hex')
     }
-    return { properties: await sql(properties), rows: Object.fromEntries(rows), uploads }
+    const properties = lines.filter((line) => !isRow(line)).join('\n')
+    return { properties, rows: Object.fromEntries(rows), uploads }
   }
 
   /** Rows and files are lost, changed and added, admin and picture among them. @returns what is live now */
@@ -219,11 +221,11 @@ export function siteToRestore(port: number) {
 /** Whether an event says something that begins so. */
 export const isSaid = (text: string) => (one: Event) => one.message.startsWith(text)
 
-/** What Strapi itself writes whenever it has booted. */
-function ownOf(table: string): string {
-  return table === 'strapi_core_store_settings' ? " WHERE key NOT LIKE '%metrics%'" : ''
-}
-
-const properties = `SELECT setrole::regrole, setconfig FROM pg_db_role_setting
+/** One question for all: each takes a process in the container. What Strapi itself writes whenever it has booted does not count. */
+const everything = `SELECT setrole::regrole, setconfig FROM pg_db_role_setting
     WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY 1;
-  SELECT role, has_database_privilege(role, current_database(), 'CONNECT') FROM unnest(ARRAY['reader', 'stranger']) AS role`
+  SELECT role, has_database_privilege(role, current_database(), 'CONNECT') FROM unnest(ARRAY['reader', 'stranger']) AS role;
+  SELECT json_build_array(tablename, (xpath('//digest/text()', query_to_xml(format($$
+      SELECT count(*) || ' ' || coalesce(md5(string_agg(t::text, ',' ORDER BY t::text)), '-') AS digest FROM %I AS t
+        WHERE %L <> 'strapi_core_store_settings' OR to_jsonb(t)->>'key' NOT LIKE '%%metrics%%'$$,
+    tablename, tablename), true, false, '')))[1]::text)::text FROM pg_tables WHERE schemaname = 'public' ORDER BY 1`

@@ -131,7 +131,7 @@ export async function openSnapshot(
 const lockPatienceMs = 60_000
 
 /** One psql that answers one question after the other. */
-function startSession(argv: string[], signal?: AbortSignal) {
+export function startSession(argv: string[], signal?: AbortSignal) {
   const child = converse(argv)
   // PostgreSQL ends what its client does not wait for any more, and so does the next run.
   const onAbort = () => void child.kill()

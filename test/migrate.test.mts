@@ -483,12 +483,12 @@ describe('a migration', () => {
     await legacy.site.behave({})
   })
 
-  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch', 'nginx', 'check'])(
+  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch', 'nginx'])(
     'that stops after %s goes back to exactly what was',
     async (step) => {
       const before = await sumsOf(legacy.uploads)
       const { stdout } = await mustSucceed(legacy.migrate('--until', step, '--yes'))
-      if (step !== 'check') expect(stdout).not.toContain('8/8')
+      expect(stdout).not.toContain('8/8')
       const back = await mustSucceed(legacy.migrate('--rollback', '--yes'))
       // The copy of the uploads is not among it where it holds what nobody else has.
       expect(back.stdout).toMatch(/To be rid of it: (rm -r .*; )?docker image rm/)

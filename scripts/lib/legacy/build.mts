@@ -9,7 +9,7 @@ import * as engine from '../engine.mts'
 import { isSameFolder } from '../folders.mts'
 import { newReleaseName } from '../releases.mts'
 import { alive, detail, exitCodes, Problem, warn } from '../report.mts'
-import { projectRoot, type Site } from '../settings.mts'
+import { projectRoot } from '../settings.mts'
 import { reasonToDump, sortingOf, usedLocales } from './database.mts'
 import { digestOf } from './digest.mts'
 import { note, notes } from './journal.mts'
@@ -22,14 +22,14 @@ import { freshDatabaseFolder } from './settings.mts'
 export async function isBuilt(migration: Migration): Promise<boolean> {
   const { site } = migration
   const { built } = await notes(site)
-  if (!built || built !== `${await ingredients(site)} ${await digestOf([site.envFile])}`) return false
+  if (!built || built !== `${await ingredients(migration)} ${await digestOf([site.envFile])}`) return false
   return (await notPrepared(migration)).length === 0
 }
 
 export async function buildAll(migration: Migration): Promise<void> {
   const { site } = migration
   // As it is before: who edits something meanwhile has it built again.
-  const from = await ingredients(site)
+  const from = await ingredients(migration)
   const release = await newReleaseName(site)
   await build(site, release)
   await pin(site, release)
@@ -50,13 +50,15 @@ export async function buildAll(migration: Migration): Promise<void> {
   await note(site, { built })
 }
 
-/** Everything but the settings, in which the build itself writes the release. */
-async function ingredients({ source, dockerfile }: Site): Promise<string> {
+/** Everything but the settings, in which the build itself writes the release: files, and whose data it is made for. */
+async function ingredients({ site: { source, dockerfile }, legacy }: Migration): Promise<string> {
   const docker = join(projectRoot, 'docker')
   const files = (await serviceFiles(docker)).map(([, path]) => path)
-  return await digestOf([source, dockerfile, join(docker, 'docker-compose.yml'), ...files], {
+  const own = await digestOf([source, dockerfile, join(docker, 'docker-compose.yml'), ...files], {
     skipped: [join(source, 'node_modules')],
   })
+  const { database, services } = legacy
+  return [own, database.folder, services.postgresql.container.Image, services.redis.container.Image].join(' ')
 }
 
 /** Each service has a container of the image that is there under its name now, and what would collide does not run. */

@@ -20,7 +20,7 @@ import {
 } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
-import { dirname, join, relative } from 'node:path'
+import { basename, dirname, join, relative } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parse } from 'dotenv'
 import {
@@ -379,6 +379,26 @@ describe('setup and nginx', () => {
     await edit(own.envFile, { UPLOADS_VOLUME: moved })
     await mustSucceed(script('setup', own.envFile))
     expect(await controlConfig()).toContain(`"uploads":"${moved}"`)
+  })
+
+  test('puts the file of an earlier SERVER_NAME aside, and back when nginx refuses the new one', async () => {
+    const other = join(dirname(site.nginx.confFile), 'other.example.conf')
+    await edit(own.envFile, { SERVER_NAME: 'other.example' })
+    await writeFile(broken(), 'server { nonsense on; }\n')
+    expect((await script('setup', own.envFile)).stderr).toContain('unknown directive "nonsense"')
+    expect((await readdir(dirname(other))).toSorted()).toEqual([basename(site.nginx.confFile), 'other.conf'])
+
+    await rm(broken())
+    const { stdout } = await mustSucceed(script('setup', own.envFile))
+    expect(stdout).toContain(`it is kept as ${site.nginx.confFile}.previous`)
+    expect(await controlConfig()).toContain('"site":"other.example"')
+    expect((await readdir(dirname(other))).toSorted()).toEqual([
+      `${basename(site.nginx.confFile)}.previous`,
+      'other.example.conf',
+    ])
+    await edit(own.envFile, { SERVER_NAME: site.nginx.serverName })
+    await mustSucceed(script('setup', own.envFile))
+    await rm(`${other}.previous`)
   })
 
   describe('a file that was edited by hand', () => {

@@ -27,7 +27,7 @@ export function replacements(site: Site): [RegExp, string][] {
   const { nginx, folders, slots } = site
   // Names of upstreams, zones and variables are shared by all sites of one nginx.
   // $2bob would be the second part of the last match, and "bob".
-  const prefix = site.project.replaceAll(/\W/g, '_').replace(/^(?=\d)/, '_')
+  const prefix = prefixOf(site)
   const tls: [RegExp, string][] = nginx.tls
     ? [
         [/#tls# /, ''],
@@ -66,6 +66,10 @@ export function replacements(site: Site): [RegExp, string][] {
   ]
 }
 
+function prefixOf({ project }: Site): string {
+  return project.replaceAll(/\W/g, '_').replace(/^(?=\d)/, '_')
+}
+
 /** User that nginx's workers run as, from its main configuration file; undefined when nginx does not tell. */
 export async function workerUser(site: Site): Promise<string | undefined> {
   const dump = await ask([...site.nginx.command, '-T'])
@@ -75,7 +79,7 @@ export async function workerUser(site: Site): Promise<string | undefined> {
 
 /**
  * Installs the configuration, tests it, makes nginx run it, and sees that it does.
- * An installed file that differs is kept beside the new one as `.previous`.
+ * An installed file that differs is kept beside the new one as `.previous`, as one is that has the name of an earlier SERVER_NAME.
  * @throws Problem with nginx's own words, and the old files back in place
  */
 export async function install(site: Site): Promise<void> {
@@ -90,9 +94,15 @@ export async function install(site: Site): Promise<void> {
   await rename(`${confFile}.new`, confFile)
   if (before !== undefined && before !== wanted)
     detail(`${confFile} was there and differed: it is kept as ${confFile}.previous`)
+  const former = await formerFiles(site)
+  for (const path of former) {
+    await rename(path, `${path}.previous`)
+    detail(`${path} is this site's under another name: it is kept as ${path}.previous`)
+  }
   try {
     await run([...command, '-t'])
   } catch (error) {
+    for (const path of former) await rename(`${path}.previous`, path)
     if (before === undefined) await rm(confFile, { force: true })
     else await writeFile(confFile, before)
     throw new Problem(
@@ -109,6 +119,12 @@ export async function install(site: Site): Promise<void> {
     return warn(`nginx does not start:\n${explain(error)}`)
   }
   await untilLive(site)
+}
+
+/** What setup has installed under an earlier SERVER_NAME: nginx would refuse two files that name the same upstreams. */
+async function formerFiles(site: Site): Promise<string[]> {
+  const upstream = `upstream ${prefixOf(site)}_master {`
+  return (await otherFiles(site)).filter(({ text }) => text.includes(upstream)).map(({ path }) => path)
 }
 
 /** Makes nginx run what is installed, if it will: it may only have been stopped. @returns whether that is this site */
@@ -149,16 +165,16 @@ async function untilLive(site: Site): Promise<void> {
 
 /** Files of the folder that name the same control port: a second copy under another name. */
 export async function rivals(site: Site): Promise<string[]> {
-  const folder = dirname(site.nginx.confFile)
-  const files = await readdir(folder).catch(() => [])
-  const found: string[] = []
-  for (const file of files) {
-    const path = join(folder, file)
-    if (!file.endsWith('.conf') || path === site.nginx.confFile) continue
-    const text = await readText(path)
-    if (text?.includes(`listen ${site.nginx.control};`)) found.push(path)
-  }
-  return found
+  const control = `listen ${site.nginx.control};`
+  return (await otherFiles(site)).filter(({ text }) => text.includes(control)).map(({ path }) => path)
+}
+
+async function otherFiles({ nginx: { confFile } }: Site): Promise<{ path: string; text: string }[]> {
+  const folder = dirname(confFile)
+  const names: string[] = await readdir(folder).catch(() => [])
+  const paths = names.filter((name) => name.endsWith('.conf')).map((name) => join(folder, name))
+  const others = paths.filter((path) => path !== confFile)
+  return await Promise.all(others.map(async (path) => ({ path, text: (await readText(path)) ?? '' })))
 }
 
 /** A folder that is not there yet is made in the nearest one that is. */

@@ -374,7 +374,6 @@ describe('a backup that cannot be made', () => {
   })
 
   test('because a deploy was killed while another release boots says so; the deploy comes first', async () => {
-    await writeFile(join(site.source, 'changed.txt'), 'another release')
     await deployAnd(own, '3/7', 0, (pid) => void process.kill(pid, 'SIGKILL'))
     for (const command of [['backup'], ['restore', '--yes'], ['undo', '--yes']]) {
       const { code, stderr } = await own.run('data', ...command)

@@ -1,5 +1,6 @@
 /** A migration that is interrupted, at whatever moment: the same command ends it, and the way back is there. */
-import { readFile, rm, symlink, writeFile } from 'node:fs/promises'
+import { closeSync, openSync, writeSync } from 'node:fs'
+import { copyFile, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { createServer, type Server } from 'node:net'
 import { once } from 'node:events'
 import { join } from 'node:path'
@@ -17,6 +18,7 @@ import {
   stateOf,
   sumsOf,
   tinyLegacy,
+  untilAnswered,
   type LegacyTest,
 } from './legacy.mts'
 import { mustSucceed } from './harness.mts'
@@ -100,6 +102,10 @@ describe('killed with -9', () => {
     await expect(startServices(await loadSite(legacy.own.envFile))).rejects.toThrow(
       /in the middle of its switch/,
     )
+    // A `git pull` in the legacy folder does not put it into service.
+    const file = join(legacy.folder, 'docker-compose.yml')
+    await copyFile(`${file}.migrated`, file)
+    expect(await stateOf(legacy)).toBe('switching')
   })
 
   test('on the way back, again and again: the same command brings it back', async () => {
@@ -149,6 +155,29 @@ describe('once the new Strapi has been started', () => {
     await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
   })
 
+  test('a disk that fills in the outage does not keep visitors from the legacy site; the way back is ended later', async () => {
+    await mustSucceed(legacy.migrate('--until', 'build'))
+    const state = join(legacy.own.folder, '.state')
+    const size = ['-o', 'size=1m', 'tmpfs']
+    await run(['cp', '--archive', state, `${state}.aside`])
+    await run(['mount', '-t', 'tmpfs', ...size, state])
+    try {
+      await run(['sh', '-c', 'cp --archive "$0.aside/." "$0/"', state])
+      const { outcome } = legacy.site.begin('migrate', ['--from', legacy.folder, '--yes'], (event) => {
+        if (event.message === 'moving database, Redis and uploads over') fill(join(state, 'filler'))
+      })
+      const { code, stdout } = await outcome
+      expect([code, stdout]).toEqual([3, expect.stringContaining('no space left')])
+      await untilAnswered(legacy, 30_000)
+      await rm(join(state, 'filler'))
+      await mustSucceed(legacy.migrate('--rollback', '--yes'))
+      await expectLegacy(legacy)
+    } finally {
+      await run(['umount', state])
+      await run(['rm', '--recursive', `${state}.aside`])
+    }
+  })
+
   test('where neither the new nor the legacy one can be started, a person is told; the way back waits', async () => {
     const stranger: Server = createServer()
     const port = Number(new URL(legacy.own.url).port) + 2
@@ -194,3 +223,15 @@ describe('once the new Strapi has been started', () => {
     expect((await readEnv(legacy.own.envFile))?.POSTGRES_VOLUME).toMatch(/-migrated$/)
   })
 })
+
+/** Until nothing more goes there. */
+function fill(path: string): void {
+  const file = openSync(path, 'w')
+  try {
+    for (;;) writeSync(file, Buffer.alloc(4096))
+  } catch (error) {
+    expect(error).toMatchObject({ code: 'ENOSPC' })
+  } finally {
+    closeSync(file)
+  }
+}

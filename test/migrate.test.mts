@@ -18,7 +18,7 @@ import { dirname, join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
-import { compose } from '../scripts/lib/compose.mts'
+import { compose, query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { readEnv, readText } from '../scripts/lib/envfile.mts'
 import { render } from '../scripts/lib/nginx.mts'
@@ -36,7 +36,7 @@ import {
   worldOf,
   type LegacyTest,
 } from './legacy.mts'
-import { mustSucceed, resultOf } from './harness.mts'
+import { mustSucceed } from './harness.mts'
 
 let legacy: LegacyTest
 
@@ -213,11 +213,15 @@ describe('before anything is changed', () => {
   }
 
   test('a second run while one is at work ends with 4', async () => {
+    const own = join(legacy.folder, 'strapi/Dockerfile.backup')
+    await writeFile(own, 'of somebody')
     const first = legacy.site.begin('migrate', ['--from', legacy.folder, '--until', 'backup'])
     await once(first.child.stdout ?? process.stdin, 'data')
     const second = await legacy.migrate('--until', 'backup')
     expect([second.code, second.stderr]).toEqual([4, expect.stringContaining('migrate')])
-    await mustSucceed(first.outcome)
+    const { stdout } = await mustSucceed(first.outcome)
+    expect(stdout).toContain(`${own} was there before, is another one and stays`)
+    expect(await readFile(own, 'utf8')).toBe('of somebody')
   })
 })
 
@@ -229,8 +233,6 @@ describe('a migration', () => {
   test('takes everything along, and visitors miss no more than a start', async () => {
     rows = await legacy.sql(allRows)
     await setJob('7')
-    const own = join(legacy.folder, 'strapi/Dockerfile.backup')
-    await writeFile(own, 'of somebody')
     for (const name of ['replaced.jpg', 'deleted.jpg'])
       await writeFile(join(legacy.uploads, name), 'before the first pass')
     const editorsGoOn = () => {
@@ -273,8 +275,6 @@ describe('a migration', () => {
     const { uid, gid } = await stat(join(legacy.own.folder, 'uploads/empty.bin'))
     expect([uid, gid]).toEqual([1000, 1000])
     expect(await job()).toBe('7')
-    expect(outcome.stdout).toContain(`${own} was there before, is another one and stays`)
-    expect(await readFile(own, 'utf8')).toBe('of somebody')
   })
 
   test('has a set of the legacy site, with its configuration and how to put it back there', async () => {
@@ -354,6 +354,8 @@ describe('a migration', () => {
     await mustSucceed(legacy.site.run('data', 'backup'))
     await legacy.sql('DELETE FROM things', true)
     await mustSucceed(legacy.site.run('data', 'restore', '--yes'))
+    // As `docker network prune` does.
+    await run(['docker', 'network', 'rm', `${legacy.own.project}-network`])
     const outcome = await mustSucceed(legacy.migrate('--rollback', '--yes'))
     expect(outcome.stdout).toMatch(/1 rows more in public\.things; 1 uploads are new/)
     await expectLegacy(legacy)
@@ -385,16 +387,14 @@ describe('a migration', () => {
     rows = await legacy.sql(allRows)
     // nginx takes an upstream once: with this file, not the new site's.
     const rival = join(legacy.own.folder, 'nginx/conf.d/rival.conf')
-    const [, upstream] = /upstream (\S+)/.exec(await render(await loadSite(legacy.own.envFile))) ?? []
+    const [, upstream] = /upstream (\S+_slave) /.exec(await render(await loadSite(legacy.own.envFile))) ?? []
     const argv = ['--from', legacy.folder, '--yes']
     const failed = await legacy.site.begin('migrate', argv, ({ message }) => {
       if (message === 'starting strapi-master')
         writeFileSync(rival, `upstream ${upstream} { server 127.0.0.1:9; }`)
     }).outcome
     expect([failed.code, failed.stdout]).toEqual([3, expect.stringContaining('duplicate upstream')])
-    expect(resultOf(failed).error).toContain(
-      'visitors are served by the new set-up through the legacy nginx file',
-    )
+    expect(failed.stdout).toContain('visitors are served by the new set-up through the legacy nginx file')
     expect(await isAnswered(legacy.own.url)).toBe(true)
     await rm(rival)
     await mustSucceed(legacy.migrate('--yes'))
@@ -412,6 +412,31 @@ describe('a migration', () => {
     )
     await expectLegacy(legacy)
     expect(await legacy.sql(allRows)).toBe(rows)
+  })
+
+  test('back without a set, since PostgreSQL does not start: what only the new set-up had survives the next migration', async () => {
+    await mustSucceed(legacy.migrate('--until', 'switch', '--yes'))
+    await legacy.sql(`INSERT INTO things (name) VALUES ('in no set')`, true)
+    await writeFile(join(legacy.own.folder, 'uploads/in no set.jpg'), 'in no set')
+    const version = join(legacy.own.folder, 'postgresql/PG_VERSION')
+    const [postgresql] = await engine.serviceContainers(legacy.own.project, 'postgresql')
+    await run(['docker', 'stop', postgresql?.Id ?? ''])
+    await rename(version, `${version}.away`)
+    const { stdout } = await mustSucceed(legacy.migrate('--rollback', '--yes'))
+    expect(stdout).toContain('there is no set')
+    await expectLegacy(legacy)
+    await rename(`${version}.away`, version)
+
+    const again = await mustSucceed(legacy.migrate('--until', 'switch', '--yes'))
+    const [, kept = ''] = /of the last time that this set-up served: (\S+)/.exec(again.stdout) ?? []
+    expect(await readFile(join(kept, 'in no set.jpg'), 'utf8')).toBe('in no set')
+    const [, database = ''] = /kept as the database (\S+)/.exec(again.stdout) ?? []
+    const sql = `SELECT count(*) FROM things WHERE name = 'in no set'`
+    const [server] = await engine.serviceContainers(legacy.own.project, 'postgresql')
+    expect((await run(query(server?.Id ?? '', database, sql))).trim()).toBe('1')
+    await mustSucceed(legacy.migrate('--rollback', '--yes'))
+    await expectLegacy(legacy)
+    await run(['rm', '--recursive', kept])
     await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
   })
 
@@ -424,17 +449,60 @@ describe('a migration', () => {
       ['nothing was prepared', async () => undefined],
       ['the application', () => utimes(join(legacy.own.folder, 'strapi/server.mjs'), 1, 1)],
       ['a setting', () => legacy.site.set({ HEALTH_TIMEOUT: '16' })],
+      ['the network', () => run(['docker', 'network', 'rm', networkOf()])],
       ['a container', () => run(['docker', 'rm', `${legacy.own.project}-redis`])],
       [
         'an image',
         () => run(['docker', 'tag', `${legacy.own.project}-redis`, `${legacy.own.project}-postgresql`]),
       ],
     ]
+    // Nothing that runs keeps it.
+    function networkOf(): string {
+      return `${legacy.own.project}-network-blue-green`
+    }
     for (const [what, change] of changes) {
       await change()
       expect([what, await isBuiltBy()]).toEqual([what, true])
       expect([what, await isBuiltBy()]).toEqual([what, false])
     }
+  })
+
+  test('copies the application again when the legacy one has changed, and keeps what was mended in the copy', async () => {
+    const source = join(legacy.own.folder, 'strapi')
+    await mustSucceed(legacy.migrate('--until', 'settings'))
+    await writeFile(join(source, 'mended.txt'), 'by somebody')
+    await writeFile(join(legacy.source, 'new.txt'), 'in the legacy one')
+    const { stdout } = await mustSucceed(legacy.migrate('--until', 'settings'))
+    const [, kept = ''] = /that is kept as (\S+)/.exec(stdout) ?? []
+    expect(await readFile(join(kept, 'mended.txt'), 'utf8')).toBe('by somebody')
+    expect(await readFile(join(source, 'new.txt'), 'utf8')).toBe('in the legacy one')
+    // Killed while it copied: package.json comes last.
+    await rm(join(source, 'package.json'))
+    await writeFile(join(legacy.source, 'new.txt'), 'changed')
+    await mustSucceed(legacy.migrate('--until', 'settings'))
+    expect(await readFile(join(source, 'new.txt'), 'utf8')).toBe('changed')
+    await rm(kept, { recursive: true })
+  })
+
+  test('says at once when somebody has started a second PostgreSQL on the data', async () => {
+    const image = (await run(['docker', 'inspect', '--format={{.Image}}', `${legacy.prefix}redis`])).trim()
+    await legacy.migrate('--rollback', '--yes')
+    const labels = [`project=${legacy.own.project}`, 'service=postgresql', 'oneoff=False'].map(
+      (label) => `--label=com.docker.compose.${label}`,
+    )
+    const data = join(legacy.folder, '../data/postgresql')
+    const argv = [
+      ...labels,
+      '--network=none',
+      `--volume=${data}:/data:ro`,
+      '--entrypoint=sleep',
+      image,
+      '600',
+    ]
+    const id = (await run(['docker', 'run', '--detach', ...argv])).trim()
+    const { code, stderr } = await legacy.migrate('--until', 'look')
+    await run(['docker', 'rm', '--force', id])
+    expect([code, stderr]).toEqual([3, expect.stringMatching(/two PostgreSQL run in .*[^]*docker stop/)])
   })
 
   test('is seen without its journal, and goes on and back without it', async () => {

@@ -23,7 +23,7 @@ export interface Container {
   }
   /** `Source` is a path of this host, also for a volume of the local driver. */
   Mounts: { Type: string; Name?: string; Source: string; Destination: string }[]
-  NetworkSettings: { Networks: Record<string, unknown> }
+  NetworkSettings: { Networks: Record<string, { NetworkID: string; Aliases: string[] | null }> }
 }
 
 export interface Image {
@@ -42,6 +42,11 @@ export async function container(name: string): Promise<Container | undefined> {
 /** The image of that name or id, or undefined. */
 export async function image(name: string): Promise<Image | undefined> {
   return await get<Image>(`/images/${name}/json`)
+}
+
+/** Whether there is a network of that name or id. */
+export async function network(name: string): Promise<boolean> {
+  return (await get(`/networks/${encodeURIComponent(name)}`)) !== undefined
 }
 
 /** Folder of this host that a volume of the local driver is in, or undefined when there is no such volume. */

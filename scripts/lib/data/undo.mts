@@ -1,4 +1,5 @@
 /** Takes a restore back, ends one that was interrupted, and removes what old ones have left. */
+import { existsSync } from 'node:fs'
 import { rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { agree } from '../agree.mts'
@@ -181,6 +182,8 @@ export async function mendRestore(site: Site): Promise<Mended> {
       takenBack = `restore ${id} is taken back`
     } catch (error) {
       warn(`what restore ${id} had unpacked cannot be removed yet: ${explain(error)}`)
+      // It is none any more, only its files are still there.
+      if (!existsSync(plans.folderOf(site, id))) takenBack = `restore ${id} is taken back`
     }
   }
   const exchanges = pending.filter(({ stage }) => stage !== 'staging')

@@ -22,7 +22,8 @@ import { note, notes, type Note } from './journal.mts'
 import { inStartOrder, nameOf } from './look.mts'
 import { wasStarted, type Migration } from './migration.mts'
 import { goBack } from './goback.mts'
-import { removeNew, sharesData, startPostgresql } from './newsetup.mts'
+import { removeNew, sharesData, startPostgresql, writeDatabaseFolder } from './newsetup.mts'
+import { freshDatabaseFolder } from './settings.mts'
 import { isSwitched } from './switch.mts'
 import { differingUploads, endCopy } from './uploads.mts'
 
@@ -123,7 +124,7 @@ export async function rollBack(migration: Migration): Promise<void> {
   const { site, legacy, stage } = migration
   const isShared = await sharesData(migration)
   // What is needed again is not removed any more.
-  await note(site, { final: null })
+  if ((await notes(site)).final) await note(site, { final: null })
   // Of an earlier way back that came to nothing: visitors have gone on since.
   if (await isSwitched(migration)) await note(site, { back: null, areUploadsBack: false })
   if (stage === 'served' && (await notes(site)).back?.set === undefined)
@@ -135,6 +136,7 @@ export async function rollBack(migration: Migration): Promise<void> {
       // A killed switch may have taken their restarts away already.
       await bringBack(legacy)
       await bringFilesBack(legacy)
+      if (isShared) await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
       return await removeNew(site)
     }
     await goBack(migration).catch((error: unknown) => {
@@ -245,12 +247,14 @@ export async function finalize(migration: Migration): Promise<void> {
       'the new set-up does not serve alone, so the legacy one stays; nothing was changed',
       `See: ${scriptCommand('migrate', site.envFile, '--status')}`,
     )
-  const volume = legacy.services.redis.container.Mounts.find(
-    ({ Destination }) => Destination === '/data',
-  )?.Name
+  const { redis, postgresql } = legacy.services
+  const volumes = [
+    redis.container.Mounts.find(({ Destination }) => Destination === '/data'),
+    postgresql.container.Mounts.find(({ Source }) => legacy.database.folder.startsWith(Source)),
+  ].flatMap((mount) => (mount?.Type === 'volume' && mount.Name ? [mount.Name] : []))
   const inUse = (await engine.mountsInUse()).map(({ folder }) => folder)
   const rest = [
-    ...(volume === undefined ? [] : [`docker volume rm ${volume}`]),
+    ...volumes.map((name) => `docker volume rm ${name}`),
     ...[legacy.source, legacy.folder]
       .filter((path) => !holdsLive(site, path, inUse))
       .map((path) => `rm -r ${path}`),

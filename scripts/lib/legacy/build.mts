@@ -1,4 +1,5 @@
 /** The images of the new set-up, and its containers, ready to be started in the switch. */
+import { createHash } from 'node:crypto'
 import { join } from 'node:path'
 import { build, pin } from '../actions.mts'
 import { usesLiveKit } from '../checks/settings.mts'
@@ -14,7 +15,7 @@ import { reasonToDump, sortingOf, usedLocales } from './database.mts'
 import { digestOf } from './digest.mts'
 import { note, notes } from './journal.mts'
 import type { Migration } from './migration.mts'
-import { removeNew, startPostgresql } from './newsetup.mts'
+import { removeNew, sharesData, startPostgresql } from './newsetup.mts'
 import { redisMajor } from './redis.mts'
 import { freshDatabaseFolder } from './settings.mts'
 
@@ -22,7 +23,7 @@ import { freshDatabaseFolder } from './settings.mts'
 export async function isBuilt(migration: Migration): Promise<boolean> {
   const { site } = migration
   const { built } = await notes(site)
-  if (!built || built !== `${await ingredients(migration)} ${await digestOf([site.envFile])}`) return false
+  if (!built || built !== `${await ingredients(migration)} ${await sharesData(migration)}`) return false
   return (await notPrepared(migration)).length === 0
 }
 
@@ -33,7 +34,6 @@ export async function buildAll(migration: Migration): Promise<void> {
   const release = await newReleaseName(site)
   await build(site, release)
   await pin(site, release)
-  const built = `${from} ${await digestOf([site.envFile])}`
   await alive(
     () => 'building PostgreSQL and Redis',
     () => run(compose.buildServices(site), { timeoutMs: 3_600_000, env: { DOCKER_BUILDKIT: '1' } }),
@@ -47,23 +47,29 @@ export async function buildAll(migration: Migration): Promise<void> {
   await refuseOlderRedis(migration)
   if (reason !== undefined) await warnOfOthers(migration)
   await makeContainers(migration, reason === undefined)
-  await note(site, { built })
+  await note(site, { built: `${from} ${reason === undefined}` })
 }
 
-/** Everything but the settings, in which the build itself writes the release: files, and whose data it is made for. */
-async function ingredients({ site: { source, dockerfile }, legacy }: Migration): Promise<string> {
+/** Files, settings but for the release that a build itself writes there, and whose data it is made for. */
+async function ingredients({ site, legacy }: Migration): Promise<string> {
+  const { source, dockerfile } = site
   const docker = join(projectRoot, 'docker')
   const files = (await serviceFiles(docker)).map(([, path]) => path)
   const own = await digestOf([source, dockerfile, join(docker, 'docker-compose.yml'), ...files], {
     skipped: [join(source, 'node_modules')],
   })
   const { database, services } = legacy
-  return [own, database.folder, services.postgresql.container.Image, services.redis.container.Image].join(' ')
+  const values = Object.entries(site.values).filter(([key]) => key !== 'STRAPI_VERSION')
+  const settings = createHash('sha256').update(JSON.stringify(values)).digest('hex')
+  const images = [services.postgresql.container.Image, services.redis.container.Image]
+  return [own, settings, database.folder, ...images].join(' ')
 }
 
 /** Each service has a container of the image that is there under its name now, and what would collide does not run. */
-export async function notPrepared({ site }: Migration): Promise<string[]> {
+export async function notPrepared(migration: Migration): Promise<string[]> {
+  const { site } = migration
   const wrong: string[] = []
+  const isShared = await sharesData(migration)
   const services = ['postgresql', 'redis', 'strapi-master', ...(usesLiveKit(site) ? ['livekit'] : [])]
   for (const service of services) {
     const [made] = await engine.serviceContainers(site.project, service)
@@ -73,7 +79,10 @@ export async function notPrepared({ site }: Migration): Promise<string[]> {
     else if (service === 'strapi-master' && Config.Image !== `${site.image}:${site.release}`)
       wrong.push(`strapi-master is of ${Config.Image}, not of ${site.release}`)
     // In a folder of its own, PostgreSQL runs already.
-    else if (service !== 'postgresql' && State?.Status !== 'created') wrong.push(`${service} was started`)
+    else if ((isShared || service !== 'postgresql') && State?.Status !== 'created')
+      wrong.push(`${service} was started`)
+    for (const network of Object.keys(made?.NetworkSettings.Networks ?? {}))
+      if (!(await engine.network(network))) wrong.push(`the network ${network} of ${service} is gone`)
   }
   return wrong
 }

@@ -65,8 +65,8 @@ async function stop(service: Service, { tell, env = {}, seconds, moreSeconds }: 
   const names = Object.keys(env).map((name) => `--env=${name}`)
   const isTold =
     tell !== undefined && (await ask(['docker', 'exec', ...names, Id, ...tell], { env })) !== undefined
-  const deadline = Date.now() + (isTold ? seconds * 1000 : 0)
-  while (Date.now() < deadline) {
+  const deadline = performance.now() + (isTold ? seconds * 1000 : 0)
+  while (performance.now() < deadline) {
     if ((await engine.container(Id))?.State.Status === 'exited') return
     await sleep(50)
   }
@@ -93,9 +93,21 @@ export async function bringBack(legacy: Legacy): Promise<void> {
   for (const service of await Promise.all(inStartOrder(legacy).map(asItIs))) {
     const { Id } = service.container
     const name = nameOf(service)
+    await mendNetworks(service)
     if (name.startsWith(retiredPrefix)) await run(['docker', 'rename', Id, name.slice(retiredPrefix.length)])
     await run(['docker', 'start', Id])
     await run(['docker', 'update', '--restart', service.restart, Id])
+  }
+}
+
+/** `docker network prune` takes those whose containers do not run, and the engine starts none of them then. */
+async function mendNetworks({ container }: Service): Promise<void> {
+  for (const [name, { NetworkID, Aliases }] of Object.entries(container.NetworkSettings.Networks)) {
+    if (name === 'host' || name === 'none' || (await engine.network(NetworkID || name))) continue
+    if (!(await engine.network(name))) await run(['docker', 'network', 'create', name])
+    await ask(['docker', 'network', 'disconnect', '--force', name, container.Id])
+    const aliases = (Aliases ?? []).map((alias) => `--alias=${alias}`)
+    await run(['docker', 'network', 'connect', ...aliases, name, container.Id])
   }
 }
 
@@ -117,13 +129,13 @@ export async function failureOf({ address }: Legacy): Promise<string | undefined
 
 /** It builds at each start, which takes minutes. @throws Error when Strapi does not answer in half an hour */
 export async function untilServing(legacy: Legacy): Promise<void> {
-  const deadline = Date.now() + 1_800_000
+  const deadline = performance.now() + 1_800_000
   const name = nameOf(legacy.services.strapi).replace(retiredPrefix, '')
   await alive(
     () => `waiting for the legacy Strapi, which builds at its start: docker logs -f ${name}`,
     async () => {
       for (let reason = await failureOf(legacy); reason !== undefined; reason = await failureOf(legacy)) {
-        if (Date.now() > deadline)
+        if (performance.now() > deadline)
           throw new Error(`the legacy Strapi does not serve: ${reason}; see: docker logs ${name}`)
         await sleep(500)
       }

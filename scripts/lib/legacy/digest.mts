@@ -1,6 +1,6 @@
 /** Whether somebody has edited something: by names, sizes and times, without reading what may be large. */
 import { createHash } from 'node:crypto'
-import { lstat, readdir } from 'node:fs/promises'
+import { lstat, readdir, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 
 /**
@@ -13,15 +13,16 @@ export async function digestOf(
   { skipped = [], onlyContents = false }: { skipped?: string[]; onlyContents?: boolean } = {},
 ): Promise<string> {
   const hash = createHash('sha256')
-  const visit = async (path: string): Promise<void> => {
+  const visit = async (path: string, look = lstat): Promise<void> => {
     if (skipped.includes(path)) return
-    const found = await lstat(path).catch(() => undefined)
+    const found = await look(path).catch(() => undefined)
     if (found?.isDirectory()) {
       for (const name of (await readdir(path)).toSorted()) await visit(join(path, name))
     } else {
       hash.update(`${path} ${found?.size} ${onlyContents ? found?.mtimeMs : found?.ctimeMs}\n`)
     }
   }
-  for (const path of paths) await visit(path)
+  // Behind a link to one of them is what somebody edits.
+  for (const path of paths) await visit(path, stat)
   return hash.digest('hex')
 }

@@ -42,13 +42,14 @@ export async function goBack(migration: Migration): Promise<void> {
   // Without the journal, and without its containers, nobody knows whether the new Strapi has served.
   const mayHaveServed = hasServed || (migration.stage === 'switching' && noted.policies === undefined)
   detail('stopping the new set-up')
-  await keepLogs(site)
+  await keepLogs(site).catch((error: unknown) => warn(explain(error)))
   const { back, areUploadsBack } = noted
   if (hasServed) await stopSlots(site)
   if (mayHaveServed && isShared && !areUploadsBack) await tolerate(copyUploadsBack(migration, hasServed))
   // Its own database can be dumped when visitors are served again.
   const isToKeep = hasServed && !isShared && back?.set === undefined
-  if (!back) await note(site, { back: {} })
+  // A full disk, too, must not keep visitors from the legacy set-up.
+  if (!back) await tolerate(note(site, { back: {} }))
   await stopNew(site, isToKeep ? ['postgresql'] : [])
   if (isShared) {
     const stranger = await strangerOnData(
@@ -57,7 +58,7 @@ export async function goBack(migration: Migration): Promise<void> {
     )
     if (stranger !== undefined)
       throw new Error(`${stranger} works in ${legacy.database.folder}; stop it first`)
-    await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
+    await tolerate(freshDatabaseFolder(legacy).then((folder) => writeDatabaseFolder(migration, folder)))
     const { dataOwner } = await notes(site)
     if (dataOwner) await tolerate(run(['chown', '-R', dataOwner, legacy.database.folder]))
   }
@@ -96,8 +97,10 @@ async function copyUploadsBack({ site, legacy }: Migration, hasServed: boolean):
 /** Visitors may have been there between its start and its end; who interrupts now means the switch. */
 async function keepWhatItTook(site: Site): Promise<void> {
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
-  if (!postgresql)
+  if (!postgresql) {
+    await note(site, { isUnsaved: true })
     return warn(`there is no set: PostgreSQL has no container; its data stays in ${site.folders.postgres}`)
+  }
   await startPostgresql(postgresql)
   const { name } = await makeBackup(site, [...parts], { signal: new AbortController().signal })
   await note(site, { back: { set: name } })

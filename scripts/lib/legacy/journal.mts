@@ -30,6 +30,8 @@ export interface Note {
   hasServed?: boolean
   /** What the legacy application was like when it was copied; empty when it was there before. */
   copied?: string
+  /** What that copy was like. */
+  copy?: string
   /** What images and containers were made from. */
   built?: string
   /** Folder of the legacy compose file, and services of it that stay as they are. */

@@ -122,16 +122,18 @@ export async function look(
       )
   if (!strapi || !postgresql || !redis) return problems
 
-  const source = strapi.container.Mounts.map(({ Source }) => Source).find((path) =>
+  const mounted = strapi.container.Mounts.map(({ Source }) => Source).find((path) =>
     existsSync(join(path, 'package.json')),
   )
-  if (source === undefined) {
+  if (mounted === undefined) {
     add(
       `no folder with a package.json is mounted in ${nameOf(strapi)}`,
       'Only a set-up that mounts the whole project can be migrated; others by hand: docker/README.md.',
     )
     return problems
   }
+  // A link would be copied as one.
+  const source = await realpath(mounted)
   const application = { ...(await readEnv(join(source, '.env'))), ...(await givenTo(strapi.container)) }
   for (const key of ['DATABASE_URL', 'REDIS_URL'])
     if (application[key])

@@ -67,7 +67,8 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
     name: own.SERVER_NAME || undefined,
     hasTls: Boolean(own.TLS_CERTIFICATE),
   })
-  const isRetired = legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
+  // Somebody may have put the compose file back: `git pull` does.
+  const isRetired = noted.isSwitching || legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
   const settings = await planSettings(envFile, legacy, nginx, {
     isRetired,
     alsoWrong: async (site) =>
@@ -83,8 +84,9 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   // The containers of a site that this migration has not made say nothing.
   const hasServed = noted.hasServed || (isRetired && (await wasStarted(settings.site)))
   const areRunning = inStartOrder(legacy).map(isRunning)
+  await refuseSecondServer(settings.site, legacy, hasServed)
   if (hasServed && areRunning.some(Boolean)) await refuseBoth(settings.site, legacy)
-  // What runs says more than a name: somebody may have put the compose file back, or a way back have ended half-way.
+  // What runs says more than a name: a way back may have ended half-way.
   const isInService = isRetired
     ? !hasServed && areRunning.every(Boolean)
     : !hasServed || areRunning.some(Boolean)
@@ -101,6 +103,22 @@ async function refuseBoth(site: Site, legacy: Legacy): Promise<void> {
     exitCodes.degraded,
     `both set-ups run: the new one serves, and somebody has started ${names} of the legacy one`,
     `At once, before they harm each other's data: docker update --restart no ${names} && docker stop ${names}`,
+  )
+}
+
+/** @throws Problem (degraded) when both PostgreSQL work in one folder */
+async function refuseSecondServer(site: Site, legacy: Legacy, hasServed: boolean): Promise<void> {
+  const { postgresql } = legacy.services
+  const [made] = await engine.serviceContainers(site.project, 'postgresql')
+  const isShared = made?.Mounts.some(({ Source }) => isSameFolder(Source, legacy.database.folder))
+  if (!made || !isShared || made.Id === postgresql.container.Id) return
+  if (!isRunning({ container: made }) || !isRunning(postgresql)) return
+  const [one, other] = hasServed ? [postgresql.container, made] : [made, postgresql.container]
+  const [surplus, right] = [nameOf({ container: one }), nameOf({ container: other })]
+  throw new Problem(
+    exitCodes.degraded,
+    `two PostgreSQL run in ${legacy.database.folder}: somebody has started ${surplus} beside ${right}`,
+    `At once, before they destroy the data: docker update --restart no ${surplus} && docker stop ${surplus}`,
   )
 }
 

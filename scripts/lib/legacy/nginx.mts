@@ -175,7 +175,14 @@ export async function replaceNginx(site: Site, files: string[]): Promise<void> {
 /** The legacy files in place of the new site. @throws Error when nginx does not take them */
 export async function restoreNginx(site: Site): Promise<void> {
   const kept = await readdir(keptFolder(site)).catch(() => undefined)
-  if (kept === undefined) return
+  if (kept === undefined) {
+    const installed = (await readText(site.nginx.confFile)) ?? ''
+    if (installed.includes(`listen ${site.nginx.control};`))
+      warn(
+        `${site.nginx.confFile} stays, since no legacy nginx file is in ${keptFolder(site)}; if there was one, it is in config.tar of the set that was made before the switch`,
+      )
+    return
+  }
   const names = kept.filter((name) => !name.endsWith('.new'))
   const paths = names.map((name) => decodeURIComponent(name))
   const { confFile, control } = site.nginx

@@ -42,10 +42,14 @@ export async function copyRedis(site: Site, legacy: Legacy): Promise<void> {
   const [made] = await engine.serviceContainers(site.project, 'redis')
   const from = `--volumes-from=${legacy.services.redis.container.Id}:ro`
   const to = `--volume=${site.project}_redis-data:/new`
+  // What a killed run has left goes on in its container.
+  const name = `${site.project}-redis-copy`
+  if (await engine.container(name)) await run(['docker', 'rm', '--force', name])
   const argv = [
     'docker',
     'run',
     '--rm',
+    `--name=${name}`,
     '--network=none',
     '--user=0',
     from,

@@ -1,12 +1,13 @@
 /** The settings of the new set-up: those of the legacy one, with what is different here. Comments and order stay. */
 import { existsSync } from 'node:fs'
-import { cp, mkdir } from 'node:fs/promises'
+import { cp, mkdir, rename, rm } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import { parse } from 'dotenv'
 import { run } from '../command.mts'
 import { addMissing, readText, setValues, writeEnv } from '../envfile.mts'
 import { isSameFolder } from '../folders.mts'
-import { detail, refuseInDryRun } from '../report.mts'
+import { releaseTime } from '../releases.mts'
+import { detail, refuseInDryRun, warn } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
 import { invokingUser } from '../users.mts'
@@ -154,9 +155,12 @@ export async function writeSettings(
   const written = await loadSite(envFile, { text })
   // Booted with an older schema, Strapi would drop what that does not know.
   if (!existsSync(join(site.source, 'package.json')) || (await isCopyOld(site, legacy))) {
-    await copyApplication(legacy, site.source)
-    await giveToUser(site.source)
+    await keepEdited(site)
+    await rm(join(site.source, 'package.json'), { force: true })
+    // As it is before: what is edited meanwhile is copied the next time.
     await note(site, { copied: await digestOfApplication(legacy) })
+    await copyApplication(legacy, site.source)
+    await note(site, { copy: await digestOfCopy(site) })
     detail(`copied the application to ${site.source}`)
   }
   await writeEnv(join(site.source, '.env'), application)
@@ -178,7 +182,24 @@ export async function isCopyOld(site: Site, legacy: Legacy): Promise<boolean> {
 }
 
 async function digestOfApplication(legacy: Legacy): Promise<string> {
-  return await digestOf([legacy.source], { skipped: [...skippedOf(legacy)], onlyContents: true })
+  const skipped = [...skippedOf(legacy), join(legacy.source, '.git')]
+  return await digestOf([legacy.source], { skipped, onlyContents: true })
+}
+
+async function digestOfCopy({ source }: Site): Promise<string> {
+  return await digestOf([source], {
+    skipped: ['.env', '.git', 'node_modules', 'package.json'].map((name) => join(source, name)),
+    onlyContents: true,
+  })
+}
+
+/** What somebody has mended in the copy is not overwritten. */
+async function keepEdited(site: Site): Promise<void> {
+  const { copy } = await notes(site)
+  if (!copy || copy === (await digestOfCopy(site))) return
+  const kept = `${site.source}.edited-${releaseTime(new Date())}`
+  await rename(site.source, kept)
+  warn(`the legacy application has changed, and so had its copy: that is kept as ${kept}`)
 }
 
 /** What is built, installed or uploaded, and what is told otherwise. */
@@ -210,7 +231,9 @@ async function copyApplication(legacy: Legacy, target: string): Promise<void> {
     filter: (path) => !skipped.has(path),
   })
   await mkdir(join(target, 'public/uploads'), { recursive: true })
+  await giveToUser(target)
   await cp(join(legacy.source, 'package.json'), join(target, 'package.json'), options)
+  await giveToUser(join(target, 'package.json'))
 }
 
 /** Lines such as "REDIS_PASSWORD: (empty) -> ********": which values change, none that could be a secret readable. */

@@ -19,11 +19,11 @@ import { differences as nginxDifferences } from '../traffic.mts'
 import { buildAll, isBuilt, notPrepared } from './build.mts'
 import { note, notes } from './journal.mts'
 import { nameOf, type Legacy } from './look.mts'
-import type { Migration } from './migration.mts'
+import { see, type Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
 import { differences, isCopyOld, writeSettings } from './settings.mts'
 import { isSwitched, legacyView, switchOver, uploadsOwner } from './switch.mts'
-import { copyUploads, differingUploads, newProgress } from './uploads.mts'
+import { copyUploads, differingUploads, keepOwn, newProgress } from './uploads.mts'
 
 export interface Step {
   /** For --until. */
@@ -56,6 +56,8 @@ export const preparation: Step[] = [
     plan: async (migration) => ['write, secrets masked:', ...(await changes(migration))].join('\n'),
     isDone: areSettingsDone,
     act: async (migration) => {
+      // A backup may have taken long: what was edited meanwhile counts.
+      Object.assign(migration, await see(migration.envFile, migration.legacy.folder, migration.leave))
       for (const line of await changes(migration)) detail(line)
       migration.site = await writeSettings(migration.envFile, migration.legacy, migration.settings)
       await makeFolders(migration.site)
@@ -113,7 +115,9 @@ const backupAgeMs = 3_600_000
 
 async function hasBackup({ site }: Migration): Promise<boolean> {
   const manifest = await backupOf(site)
-  return manifest !== undefined && Date.now() - Date.parse(manifest.createdAt) < backupAgeMs
+  const ageMs = Date.now() - Date.parse(manifest?.createdAt ?? '')
+  // One from the future was made by a clock that was wrong.
+  return ageMs >= 0 && ageMs < backupAgeMs
 }
 
 async function backupOf(site: Site): Promise<Manifest | undefined> {
@@ -214,13 +218,18 @@ async function changes({ envFile, settings, legacy }: Migration): Promise<string
 }
 
 async function copyAll({ legacy, site }: Migration): Promise<void> {
+  if ((await notes(site)).isUnsaved) {
+    const kept = await keepOwn(legacy.uploads, site.folders.uploads)
+    if (kept !== undefined)
+      warn(`uploads that are in no set, of the last time that this set-up served: ${kept}`)
+  }
   const progress = newProgress()
   const options = { removesOthers: true, progress, signal: interrupted }
   const { files, copied, bytes } = await alive(
     () => `${progress.files} files looked at, ${megabytes(progress.bytes)} copied`,
     () => copyUploads(legacy.uploads, site.folders.uploads, uploadsOwner, options),
   )
-  detail(`${files} files: ${copied} copied (${megabytes(bytes)}), the SHA-256 of each compared`)
+  detail(`${files} files: ${copied} copied (${megabytes(bytes)}), each compared by its SHA-256`)
 }
 
 /** What editors have changed since is for the pass that comes when Strapi has stopped. */

@@ -1,6 +1,6 @@
 /** Copies the uploads to their own folder, again and again until nothing differs. The source is only read. */
 import { createHash } from 'node:crypto'
-import { constants, createReadStream, lstatSync, statSync, type Stats } from 'node:fs'
+import { constants, createReadStream, existsSync, lstatSync, statSync, type Stats } from 'node:fs'
 import {
   chmod,
   chown,
@@ -18,6 +18,7 @@ import { dirname, join } from 'node:path'
 import { run } from '../command.mts'
 import { filesBelow } from '../data/uploads.mts'
 import { ownFolder, unsafeName } from '../data/untar.mts'
+import { releaseTime } from '../releases.mts'
 import { refuseInDryRun } from '../report.mts'
 
 /** Files that are copied and not yet known to be right. A target that has it was begun by us. */
@@ -123,6 +124,22 @@ export async function differingUploads(from: string, to: string): Promise<string
     }
   }
   return [...names]
+}
+
+/**
+ * What only the copy has, or has otherwise, out of the way of the next pass.
+ * @returns the folder that keeps it, or undefined when there was nothing
+ */
+export async function keepOwn(from: string, to: string): Promise<string | undefined> {
+  refuseInDryRun(`move files of ${to}`)
+  const names = (await differingUploads(from, to)).filter((name) => existsSync(join(to, name)))
+  if (names.length === 0) return undefined
+  const kept = join(to, ownFolder, `unsaved-${releaseTime(new Date())}`, 'replaced')
+  for (const name of names) {
+    await mkdir(dirname(join(kept, name)), { recursive: true })
+    await rename(join(to, name), join(kept, name))
+  }
+  return kept
 }
 
 /** The mark of a begun copy goes once nothing will be copied any more. */

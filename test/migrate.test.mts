@@ -77,6 +77,7 @@ describe('before anything is changed', () => {
   })
 
   test('no password of Redis, a name of ours, a port that is taken: one clear message each, nothing changed', async () => {
+    const link = join(legacy.uploads, 'link.jpg')
     const file = join((await volumeFolder()) ?? '', 'redis_password.txt')
     const env = join(legacy.source, '.env')
     const text = (await readText(env)) ?? ''
@@ -84,6 +85,7 @@ describe('before anything is changed', () => {
     const server = createServer().listen(18_403, '127.0.0.1')
     await once(server, 'listening')
     await rename(file, `${file}.away`)
+    await symlink('/etc/passwd', link)
     await writeFile(env, text.replace(/^REDIS_PASSWORD=.*$/m, ''))
     await run(['docker', 'rename', postgresql, `legacy-${postgresql}`])
     try {
@@ -92,10 +94,12 @@ describe('before anything is changed', () => {
           /the password of .* is neither in/,
           /the name of legacy-.*postgresql is one that this migration gives/,
           /port 127\.0\.0\.1:18403 \(SLAVE_PORT\) is taken/,
+          /link\.jpg is no plain file/,
         ],
         ['--yes'],
       )
     } finally {
+      await rm(link)
       await run(['docker', 'rename', `legacy-${postgresql}`, postgresql])
       await rename(`${file}.away`, file)
       await writeFile(env, text)
@@ -450,7 +454,7 @@ describe('a migration', () => {
       ['the application', () => utimes(join(legacy.own.folder, 'strapi/server.mjs'), 1, 1)],
       ['a setting', () => legacy.site.set({ HEALTH_TIMEOUT: '16' })],
       ['the network', () => run(['docker', 'network', 'rm', networkOf()])],
-      ['a container', () => run(['docker', 'rm', `${legacy.own.project}-redis`])],
+      ['a container', () => run(['docker', 'rm', `${legacy.own.project}-redis-1`])],
       [
         'an image',
         () => run(['docker', 'tag', `${legacy.own.project}-redis`, `${legacy.own.project}-postgresql`]),
@@ -463,8 +467,8 @@ describe('a migration', () => {
     for (const [what, change] of changes) {
       await change()
       expect([what, await isBuiltBy()]).toEqual([what, true])
-      expect([what, await isBuiltBy()]).toEqual([what, false])
     }
+    expect(await isBuiltBy()).toBe(false)
   })
 
   test('copies the application again when the legacy one has changed, and keeps what was mended in the copy', async () => {

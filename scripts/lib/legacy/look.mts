@@ -68,23 +68,30 @@ const kinds: [Kind, RegExp][] = [
   ['livekit', /livekit/i],
 ]
 
+/** What is not understood, and what of the rest can be looked at all the same. */
+export interface Unclear {
+  problems: Finding[]
+  address?: string | undefined
+  uploads?: string | undefined
+}
+
 /**
  * @param leave services that stay as they are
  * @param noted when it was in service
- * @returns the set-up, or all that is not understood
+ * @returns the set-up, or what stands in the way
  */
 export async function look(
   folder: string,
   leave: string[],
   noted: Partial<Pick<Note, 'policies'>>,
-): Promise<Legacy | Finding[]> {
+): Promise<Legacy | Unclear> {
   const problems: Finding[] = []
   const add = (problem: string, fix: string) => problems.push({ problem, fix })
   const containers = await containersOf(folder)
   const files = await composeFilesOf(folder, containers)
   if (files.length === 0) {
     add(`${folder} holds no compose file`, 'Name the folder of the legacy docker-compose.yml with --from.')
-    return problems
+    return { problems }
   }
   const isRetired = files.every((path) => path.endsWith(retiredSuffix))
   const policies = { ...(await restartPolicies(files)), ...noted.policies }
@@ -120,17 +127,22 @@ export async function look(
           ? 'It was removed since the switch. The new set-up is not touched; the way back is a backup set.'
           : `Start the legacy set-up, so that it can be seen: cd ${folder} && docker compose up -d`,
       )
-  if (!strapi || !postgresql || !redis) return problems
-
-  const mounted = strapi.container.Mounts.map(({ Source }) => Source).find((path) =>
+  const mounted = strapi?.container.Mounts.map(({ Source }) => Source).find((path) =>
     existsSync(join(path, 'package.json')),
   )
-  if (mounted === undefined) {
+  const address = strapi && addressOf(strapi.container)
+  const uploads =
+    strapi &&
+    (mountAt(strapi.container, '/public/uploads') ??
+      (mounted && join(await realpath(mounted), 'public/uploads')))
+  if (!strapi || !postgresql || !redis) return { problems, address, uploads }
+
+  if (mounted === undefined || uploads === undefined) {
     add(
       `no folder with a package.json is mounted in ${nameOf(strapi)}`,
       'Only a set-up that mounts the whole project can be migrated; others by hand: docker/README.md.',
     )
-    return problems
+    return { problems, address }
   }
   // A link would be copied as one.
   const source = await realpath(mounted)
@@ -142,7 +154,6 @@ export async function look(
         'Use the single values in its place (DATABASE_HOST …).',
       )
   const settings = (await readEnv(join(folder, '.env'))) ?? {}
-  const address = addressOf(strapi.container)
   if (address === undefined) add(`${nameOf(strapi)} publishes no port`, 'nginx must reach it on this host.')
   // Out of service, it may just come up again after a power cut.
   const database = await databaseOf(postgresql.container, application, isRetired ? 60_000 : 0)
@@ -154,7 +165,7 @@ export async function look(
       `Look for it: docker exec ${nameOf(redis)} ls /data`,
     )
   if (problems.length > 0 || address === undefined || typeof database === 'string' || password === undefined)
-    return problems
+    return { problems, address, uploads }
   return {
     folder,
     composeFiles: files,
@@ -162,7 +173,7 @@ export async function look(
     services: { strapi, postgresql, redis, livekit },
     source,
     application,
-    uploads: mountAt(strapi.container, '/public/uploads') ?? join(source, 'public/uploads'),
+    uploads,
     address,
     database,
     redis: { password },

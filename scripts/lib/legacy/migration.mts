@@ -12,11 +12,19 @@ import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
 import { addToResult, detail, exitCodes, explain, Problem, warn } from '../report.mts'
-import { exampleFile, loadSite, scriptCommand, stateDirOf, withEnvironment, type Site } from '../settings.mts'
+import {
+  exampleFile,
+  loadSite,
+  projectRoot,
+  scriptCommand,
+  stateDirOf,
+  withEnvironment,
+  type Site,
+} from '../settings.mts'
 import { observe } from '../slots.mts'
 import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
-import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy } from './look.mts'
+import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy, type Unclear } from './look.mts'
 import { legacyNginx, type LegacyNginx } from './nginx.mts'
 import { expectedOutage } from './outage.mts'
 import { planSettings, type Settings } from './settings.mts'
@@ -45,28 +53,30 @@ export interface Migration {
 export async function see(envFile: string, from: string, leave: string[]): Promise<Migration> {
   const folder = resolve(from)
   const noted = await notes({ stateDir: stateDirOf(envFile) })
-  const legacy = await look(folder, leave, noted).catch(async (error: unknown) => {
+  const legacy = await look(folder, leave, noted).catch(async (error: unknown): Promise<Unclear> => {
     // Without an engine there is nothing to be seen.
     if ((await missingSoftware()).length === 0) throw error
-    return []
+    return { problems: [] }
   })
-  if (Array.isArray(legacy)) {
-    // Once it was switched, what runs here is ours.
-    const more = noted.policies ? await softwareProblems() : await problemsOfSettings(envFile)
-    if (!noted.final) throw refusal(folder, [...legacy, ...more])
-    throw new Problem(
-      exitCodes.usage,
-      `the migration was ended for good on ${noted.at?.slice(0, 10)}`,
-      `Containers that are left of the legacy set-up: ${scriptCommand('migrate', envFile, '--finalize')}\nA state of the site from then: ${scriptCommand('data', envFile, 'list')}`,
-    )
-  }
   const own = parse((await readText(envFile)) ?? '')
   const values = withEnvironment({ ...parse((await readText(exampleFile)) ?? ''), ...own })
-  const nginx = await legacyNginx((values.NGINX_COMMAND ?? '').split(/\s+/), legacy.address, {
-    control: `127.0.0.1:${values.CONTROL_PORT}`,
-    name: own.SERVER_NAME || undefined,
-    hasTls: Boolean(own.TLS_CERTIFICATE),
-  })
+  const nginxOf = (address: string) =>
+    legacyNginx((values.NGINX_COMMAND ?? '').split(/\s+/), address, {
+      control: `127.0.0.1:${values.CONTROL_PORT}`,
+      name: own.SERVER_NAME || undefined,
+      hasTls: Boolean(own.TLS_CERTIFICATE),
+    })
+  if ('problems' in legacy) {
+    if (noted.final) throw endedForGood(envFile, noted.at)
+    const { problems, address, uploads } = legacy
+    if (address !== undefined) problems.push(...(await nginxOf(address)).problems)
+    const target = resolve(projectRoot, 'docker', values.UPLOADS_VOLUME ?? '')
+    if (uploads !== undefined) problems.push(...(await findingsOfUploads(uploads, target)))
+    // Once it was switched, what runs here is ours.
+    problems.push(...(noted.policies ? await softwareProblems() : await problemsOfSettings(envFile)))
+    throw refusal(folder, problems)
+  }
+  const nginx = await nginxOf(legacy.address)
   // Somebody may have put the compose file back: `git pull` does.
   const isRetired = noted.isSwitching || legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
   const settings = await planSettings(envFile, legacy, nginx, {
@@ -92,6 +102,14 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
     : !hasServed || areRunning.some(Boolean)
   const stage = isInService ? 'legacy' : hasServed ? 'served' : 'switching'
   return { envFile, legacy, nginx, settings, site: settings.site, stage, leave }
+}
+
+function endedForGood(envFile: string, at = ''): Problem {
+  return new Problem(
+    exitCodes.usage,
+    `the migration was ended for good on ${at.slice(0, 10)}`,
+    `Containers that are left of the legacy set-up: ${scriptCommand('migrate', envFile, '--finalize')}\nA state of the site from then: ${scriptCommand('data', envFile, 'list')}`,
+  )
 }
 
 /** Somebody has started the legacy one by hand: on the same data, it may be destroyed. @throws Problem (degraded) */
@@ -214,13 +232,17 @@ async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> 
       `the data is of PostgreSQL ${legacy.database.major}, which ${site.values.POSTGRES_IMAGE} cannot read`,
       `Set POSTGRES_IMAGE in ${site.envFile} to one of PostgreSQL ${legacy.database.major} or newer.`,
     )
-  for (const problem of (await uploadProblems(legacy.uploads, site.folders.uploads)).slice(0, 20))
-    add(problem, 'Mend or remove it, then run this again.')
+  problems.push(...(await findingsOfUploads(legacy.uploads, site.folders.uploads)))
   problems.push(...(await problemsOfNew(site, portOf(legacy.address))))
   const short = await roomProblem(legacy, site).catch(explain)
   if (short && !problems.some(({ problem }) => problem.includes(short)))
     add(short, 'Make room, or choose other folders.')
   return problems
+}
+
+async function findingsOfUploads(from: string, to: string): Promise<Finding[]> {
+  const problems = (await uploadProblems(from, to)).slice(0, 20)
+  return problems.map((problem) => ({ problem, fix: 'Mend or remove it, then run this again.' }))
 }
 
 /** Where the legacy set-up itself is not understood: so that one round tells all. */

@@ -112,6 +112,8 @@ async function noteService({ site, legacy }: Migration): Promise<void> {
 /** What is not worth an outage: names, LiveKit, the history. Repeated until it is done. */
 export async function settle(migration: Migration): Promise<void> {
   const { site, legacy } = migration
+  // Whoever began it: the journal may have been lost since.
+  if (!(await notes(site)).hasServed) await note(site, { hasServed: true })
   await containers.renameRetired(legacy)
   if (usesLiveKit(site)) await run(compose.startServices(site, ['livekit']), { timeoutMs: 1_800_000 })
   const isKnown = (await readHistory(site)).some(({ release }) => release === site.release)

@@ -1,6 +1,6 @@
 /** Deploys of a real Strapi under load: the good one, those that fail, the way back, and what they are measured against. */
 import { existsSync } from 'node:fs'
-import { readFile, writeFile } from 'node:fs/promises'
+import { readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
@@ -184,7 +184,11 @@ describe('the procedure that this project began with', () => {
 describe('a release that changes the schema', () => {
   const schema = 'src/api/ping/content-types/ping/schema.json'
   const bootstrap = '  bootstrap({ strapi }: { strapi: Core.Strapi }) {\n'
-  const fault = "    if (process.env.RELEASE) throw new Error('broken on purpose')\n"
+  const fault = "    if (existsSync('public/uploads/.broken')) throw new Error('broken on purpose')\n"
+  let marker: string
+  beforeAll(async () => {
+    marker = join((await loadSite(site.envFile)).folders.uploads, '.broken')
+  })
 
   test('and does not boot leaves master alone and says both', async () => {
     const [before, release] = [
@@ -192,7 +196,10 @@ describe('a release that changes the schema', () => {
       await settingOf(site, 'STRAPI_VERSION'),
     ]
     await edit(schema, '"token": {', '"note": { "type": "string" },\n    "token": {')
+    await edit('src/index.ts', 'import', "import { existsSync } from 'node:fs'\nimport")
     await edit('src/index.ts', bootstrap, bootstrap + fault)
+    await edit('config/cron-tasks.ts', '*/10 * * * * *', '* * * * * *') // every second
+    await writeFile(marker, '')
     const [report, outcome] = await deployWithVisitors()
     show('A release that does not boot', report)
 
@@ -208,8 +215,7 @@ describe('a release that changes the schema', () => {
   })
 
   test('and boots goes live; its cron tasks run on master only, also while both are up', async () => {
-    await edit('src/index.ts', fault, '')
-    await edit('config/cron-tasks.ts', '*/10 * * * * *', '* * * * * *') // every second
+    await rm(marker)
     const [report, outcome] = await deployWithVisitors()
     await mustSucceed(Promise.resolve(outcome))
     expectNobodyLost(report, 150)

@@ -20,7 +20,10 @@ case $VERSION_CODENAME in
   bookworm) release=trixie ;; # Debian 12 has PostgreSQL 15 and Node 18
   *) release=$VERSION_CODENAME ;;
 esac
-if [[ ${1-} = older ]]; then release=bookworm; fi
+if [[ ${1-} = older ]]; then
+  [[ $ID = debian ]] || die "$ID has no Debian 12, and no container registry is in reach"
+  release=bookworm
+fi
 architecture=$(dpkg --print-architecture)
 
 # apt knows the host's own mirror, however it is written down; Origin leaves other people's packages out.

@@ -50,7 +50,7 @@ export async function run(argv: string[], options: RunOptions = {}): Promise<str
 
 /** What `docker`, `nginx` and the tools of the host change something with. */
 const changing =
-  /^(docker (compose .* )?(build|cp|create|down|image rm|kill|load|rename|restart|rm|run|start|stop|tag|up|update)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|dd|mkdir|mv|rm|sh -c umask|systemctl|tar)( |$)/
+  /^(docker (compose .* )?(build|cp|create|down|image rm|kill|load|network (connect|create|disconnect)|rename|restart|rm|run|start|stop|tag|up|update)|\S*nginx (.* )?-s|apt-get|chmod|chown|cp|dd|mkdir|mv|rm|sh -c umask|systemctl|tar)( |$)/
 
 /** What a command in a container can only ask. A query of psql does not write in a dry run: `query` sees to that. */
 const asking = ['ls', 'pg_isready', 'psql', 'redis-cli', 'stat']

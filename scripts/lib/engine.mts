@@ -44,9 +44,9 @@ export async function image(name: string): Promise<Image | undefined> {
   return await get<Image>(`/images/${name}/json`)
 }
 
-/** Whether there is a network of that name or id. */
-export async function network(name: string): Promise<boolean> {
-  return (await get(`/networks/${encodeURIComponent(name)}`)) !== undefined
+/** The network of that name or id, or undefined. */
+export async function network(name: string): Promise<{ Labels: Record<string, string> } | undefined> {
+  return await get(`/networks/${encodeURIComponent(name)}`)
 }
 
 /** Folder of this host that a volume of the local driver is in, or undefined when there is no such volume. */

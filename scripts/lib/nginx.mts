@@ -1,10 +1,12 @@
 /** The site's nginx configuration: rendered from the shipped file, installed, tested, reloaded, and put back when the test fails. */
 import { access, constants, mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { readText } from './envfile.mts'
 import { ask, hasSystemd, run } from './command.mts'
 import { detail, exitCodes, explain, Problem, refuseInDryRun, warn } from './report.mts'
+import { releaseTime } from './releases.mts'
 import { projectRoot, type Site } from './settings.mts'
 import { differences } from './traffic.mts'
 
@@ -94,15 +96,15 @@ export async function install(site: Site): Promise<void> {
   await rename(`${confFile}.new`, confFile)
   if (before !== undefined && before !== wanted)
     detail(`${confFile} was there and differed: it is kept as ${confFile}.previous`)
-  const former = await formerFiles(site)
-  for (const path of former) {
-    await rename(path, `${path}.previous`)
-    detail(`${path} is this site's under another name: it is kept as ${path}.previous`)
+  const former = (await formerFiles(site)).map((path) => ({ path, kept: unusedName(`${path}.previous`) }))
+  for (const { path, kept } of former) {
+    await rename(path, kept)
+    detail(`${path} is this site's under another name: it is kept as ${kept}`)
   }
   try {
     await run([...command, '-t'])
   } catch (error) {
-    for (const path of former) await rename(`${path}.previous`, path)
+    for (const { path, kept } of former) await rename(kept, path)
     if (before === undefined) await rm(confFile, { force: true })
     else await writeFile(confFile, before)
     throw new Problem(
@@ -123,8 +125,14 @@ export async function install(site: Site): Promise<void> {
 
 /** What setup has installed under an earlier SERVER_NAME: nginx would refuse two files that name the same upstreams. */
 async function formerFiles(site: Site): Promise<string[]> {
-  const upstream = `upstream ${prefixOf(site)}_master {`
-  return (await otherFiles(site)).filter(({ text }) => text.includes(upstream)).map(({ path }) => path)
+  // All three, or it is of another site, which nginx may refuse together with this one.
+  const own = [`upstream ${prefixOf(site)}_master {`, `listen ${site.nginx.control};`, site.folders.traffic]
+  const others = await otherFiles(site)
+  return others.filter(({ text }) => own.every((part) => text.includes(part))).map(({ path }) => path)
+}
+
+function unusedName(path: string): string {
+  return existsSync(path) ? `${path}-${releaseTime(new Date())}` : path
 }
 
 /** Makes nginx run what is installed, if it will: it may only have been stopped. @returns whether that is this site */

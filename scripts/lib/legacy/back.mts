@@ -134,7 +134,7 @@ export async function rollBack(migration: Migration): Promise<void> {
       stage === 'legacy' && (await runningServices(legacy)).length === inStartOrder(legacy).length
     if (isUntouched) {
       // A killed switch may have taken their restarts away already.
-      await bringBack(legacy)
+      await bringBack(legacy, (await notes(site)).networks)
       await bringFilesBack(legacy)
       if (isShared) await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
       return await removeNew(site)
@@ -204,7 +204,7 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
   const failure = postgresql && (await startPostgresql(postgresql).then(() => undefined, explain))
   if (failure !== undefined) {
-    await note(site, { back: { set: '' }, isUnsaved: !isShared })
+    await note(site, { back: { set: '' }, isUnsaved: !isShared, areUploadsUnsaved: !isShared })
     return warn(`there is no set: ${failure}\nwhat PostgreSQL has stays in ${site.folders.postgres}`)
   }
   const slots = await Promise.all(
@@ -225,7 +225,7 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
       return warn(`not backed up: ${explain(error)}`)
     }
     if (!isShared && running.length === 0 && !interrupted.aborted) {
-      await note(site, { back: { set: '' }, isUnsaved: true })
+      await note(site, { back: { set: '' }, isUnsaved: true, areUploadsUnsaved: true })
       return warn(`there is no set: ${explain(error)}\nwhat PostgreSQL has stays in ${site.folders.postgres}`)
     }
     if (!isShared) for (const id of running) await ask(['docker', 'start', id])
@@ -250,7 +250,9 @@ export async function finalize(migration: Migration): Promise<void> {
   const { redis, postgresql } = legacy.services
   const volumes = [
     redis.container.Mounts.find(({ Destination }) => Destination === '/data'),
-    postgresql.container.Mounts.find(({ Source }) => legacy.database.folder.startsWith(Source)),
+    ...postgresql.container.Mounts.filter(({ Source }) =>
+      `${legacy.database.folder}/`.startsWith(`${Source}/`),
+    ),
   ].flatMap((mount) => (mount?.Type === 'volume' && mount.Name ? [mount.Name] : []))
   const inUse = (await engine.mountsInUse()).map(({ folder }) => folder)
   const rest = [

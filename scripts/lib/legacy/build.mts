@@ -56,7 +56,7 @@ async function ingredients({ site, legacy }: Migration): Promise<string> {
   const docker = join(projectRoot, 'docker')
   const files = (await serviceFiles(docker)).map(([, path]) => path)
   const own = await digestOf([source, dockerfile, join(docker, 'docker-compose.yml'), ...files], {
-    skipped: [join(source, 'node_modules')],
+    skipped: [join(source, 'node_modules'), join(source, '.git'), site.folders.uploads],
   })
   const { database, services } = legacy
   const values = Object.entries(site.values).filter(([key]) => key !== 'STRAPI_VERSION')

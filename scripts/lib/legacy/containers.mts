@@ -7,7 +7,9 @@ import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { syncFolder } from '../envfile.mts'
 import { getUrl } from '../http.mts'
-import { alive, refuseInDryRun } from '../report.mts'
+import { alive, detail, refuseInDryRun } from '../report.mts'
+import { releaseTime } from '../releases.mts'
+import type { Note } from './journal.mts'
 import {
   inStartOrder,
   isRunning,
@@ -75,8 +77,12 @@ async function stop(service: Service, { tell, env = {}, seconds, moreSeconds }: 
 
 /** Nobody starts it again by mistake: two PostgreSQL on the same data would destroy it. */
 export async function retireFiles(legacy: Legacy): Promise<void> {
-  for (const path of legacy.composeFiles)
-    if (!path.endsWith(retiredSuffix)) await renameSynced(path, `${path}${retiredSuffix}`)
+  for (const path of legacy.composeFiles.filter((one) => !one.endsWith(retiredSuffix))) {
+    // Put back meanwhile, it is not the one that the containers were made from.
+    const isThere = existsSync(`${path}${retiredSuffix}`)
+    const name = isThere ? `${path}.put-back-${releaseTime(new Date())}` : `${path}${retiredSuffix}`
+    await renameSynced(path, name)
+  }
 }
 
 /** Their names say what they are. */
@@ -89,11 +95,11 @@ export async function renameRetired(legacy: Legacy): Promise<void> {
 }
 
 /** Names and restarts as they were; everything is started. Nothing that it needs is in use by others by now. */
-export async function bringBack(legacy: Legacy): Promise<void> {
+export async function bringBack(legacy: Legacy, networks: Note['networks']): Promise<void> {
   for (const service of await Promise.all(inStartOrder(legacy).map(asItIs))) {
     const { Id } = service.container
     const name = nameOf(service)
-    await mendNetworks(service)
+    await mendNetworks(service, networks)
     if (name.startsWith(retiredPrefix)) await run(['docker', 'rename', Id, name.slice(retiredPrefix.length)])
     await run(['docker', 'start', Id])
     await run(['docker', 'update', '--restart', service.restart, Id])
@@ -101,17 +107,19 @@ export async function bringBack(legacy: Legacy): Promise<void> {
 }
 
 /** `docker network prune` takes those whose containers do not run, and the engine starts none of them then. */
-async function mendNetworks({ container }: Service): Promise<void> {
+async function mendNetworks({ container }: Service, labels: Note['networks'] = {}): Promise<void> {
   for (const [name, { NetworkID, Aliases }] of Object.entries(container.NetworkSettings.Networks)) {
     if (name === 'host' || name === 'none' || (await engine.network(NetworkID || name))) continue
-    if (!(await engine.network(name))) await run(['docker', 'network', 'create', name])
+    detail(`the network ${name} of ${nameOf({ container })} was removed: it is made again`)
+    const argv = Object.entries(labels[name] ?? {}).map(([key, value]) => `--label=${key}=${value}`)
+    if (!(await engine.network(name))) await run(['docker', 'network', 'create', ...argv, name])
     await ask(['docker', 'network', 'disconnect', '--force', name, container.Id])
     const aliases = (Aliases ?? []).map((alias) => `--alias=${alias}`)
     await run(['docker', 'network', 'connect', ...aliases, name, container.Id])
   }
 }
 
-/** Last of all: by these names a run sees that the legacy set-up is in service. */
+/** Last of all: these names, too, tell that the legacy set-up is in service. */
 export async function bringFilesBack(legacy: Legacy): Promise<void> {
   for (const path of legacy.composeFiles) {
     const name = path.endsWith(retiredSuffix) ? path.slice(0, -retiredSuffix.length) : path

@@ -63,7 +63,7 @@ export async function goBack(migration: Migration): Promise<void> {
     if (dataOwner) await tolerate(run(['chown', '-R', dataOwner, legacy.database.folder]))
   }
   detail('starting the legacy set-up')
-  await containers.bringBack(legacy)
+  await containers.bringBack(legacy, noted.networks)
   await tolerate(restoreNginx(site))
   detail('waiting for the legacy Strapi')
   await containers.untilServing(legacy)
@@ -98,7 +98,7 @@ async function copyUploadsBack({ site, legacy }: Migration, hasServed: boolean):
 async function keepWhatItTook(site: Site): Promise<void> {
   const [postgresql] = await engine.serviceContainers(site.project, 'postgresql')
   if (!postgresql) {
-    await note(site, { isUnsaved: true })
+    await note(site, { isUnsaved: true, areUploadsUnsaved: true })
     return warn(`there is no set: PostgreSQL has no container; its data stays in ${site.folders.postgres}`)
   }
   await startPostgresql(postgresql)

@@ -28,7 +28,7 @@ export interface Note {
   isChecked?: boolean
   /** The new Strapi has been started: it may have taken something, also when its containers are gone. */
   hasServed?: boolean
-  /** What the legacy application was like when it was copied; empty when it was there before. */
+  /** What the legacy application was like when it was copied; nothing when it was there before. */
   copied?: string
   /** What that copy was like. */
   copy?: string
@@ -37,6 +37,10 @@ export interface Note {
   /** Folder of the legacy compose file, and services of it that stay as they are. */
   from?: string
   leave?: string[]
+  /** Uploads that only the new set-up had may be in no set: the next copy keeps them under another name. */
+  areUploadsUnsaved?: boolean
+  /** Labels of the legacy networks, by their names: somebody may prune them. */
+  networks?: Record<string, Record<string, string>>
   /** When it was in service: restart policies by service, and who owned its PGDATA ("70:70"). */
   policies?: Record<string, string>
   dataOwner?: string

@@ -12,15 +12,7 @@ import { missingSoftware } from '../install.mts'
 import { isInstallable } from '../nginx.mts'
 import { isFree } from '../ports.mts'
 import { addToResult, detail, exitCodes, explain, Problem, warn } from '../report.mts'
-import {
-  exampleFile,
-  loadSite,
-  projectRoot,
-  scriptCommand,
-  stateDirOf,
-  withEnvironment,
-  type Site,
-} from '../settings.mts'
+import { exampleFile, loadSite, scriptCommand, stateDirOf, withEnvironment, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
@@ -69,20 +61,22 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   if ('problems' in legacy) {
     if (noted.final) throw endedForGood(envFile, noted.at)
     const { problems, address, uploads } = legacy
-    if (address !== undefined) problems.push(...(await nginxOf(address)).problems)
-    const target = resolve(projectRoot, 'docker', values.UPLOADS_VOLUME ?? '')
-    if (uploads !== undefined) problems.push(...(await findingsOfUploads(uploads, target)))
     // Once it was switched, what runs here is ours.
-    problems.push(...(noted.policies ? await softwareProblems() : await problemsOfSettings(envFile)))
-    throw refusal(folder, problems)
+    if (noted.policies) throw refusal(folder, [...problems, ...(await softwareProblems())])
+    if (address !== undefined) problems.push(...(await nginxOf(address)).problems)
+    if (uploads !== undefined) problems.push(...(await findingsOfUploads(uploads)))
+    throw refusal(folder, [...problems, ...(await problemsOfSettings(envFile))])
   }
   const nginx = await nginxOf(legacy.address)
   // Somebody may have put the compose file back: `git pull` does.
-  const isRetired = noted.isSwitching || legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
+  const isRetired =
+    (noted.isSwitching && !isRunning(legacy.services.strapi)) ||
+    legacy.composeFiles.every((path) => path.endsWith(retiredSuffix))
+  const isOut = isRetired || Boolean(noted.hasServed)
   const settings = await planSettings(envFile, legacy, nginx, {
-    isRetired,
+    isRetired: isOut,
     alsoWrong: async (site) =>
-      isRetired
+      isOut
         ? []
         : (
             await problemsOf({ legacy, nginx, site }).catch(
@@ -240,7 +234,7 @@ async function problemsOf({ legacy, nginx, site }: Planned): Promise<Finding[]> 
   return problems
 }
 
-async function findingsOfUploads(from: string, to: string): Promise<Finding[]> {
+async function findingsOfUploads(from: string, to = ''): Promise<Finding[]> {
   const problems = (await uploadProblems(from, to)).slice(0, 20)
   return problems.map((problem) => ({ problem, fix: 'Mend or remove it, then run this again.' }))
 }

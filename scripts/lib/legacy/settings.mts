@@ -1,18 +1,14 @@
 /** The settings of the new set-up: those of the legacy one, with what is different here. Comments and order stay. */
 import { existsSync } from 'node:fs'
-import { cp, mkdir, rename, rm } from 'node:fs/promises'
+import { mkdir } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import { parse } from 'dotenv'
-import { run } from '../command.mts'
 import { addMissing, readText, setValues, writeEnv } from '../envfile.mts'
 import { isSameFolder } from '../folders.mts'
-import { releaseTime } from '../releases.mts'
-import { detail, refuseInDryRun, warn } from '../report.mts'
+import { refuseInDryRun } from '../report.mts'
 import { appSecrets, connection, writeApplicationEnv, writeDockerEnv } from '../secrets.mts'
 import { exampleFile, loadSite, projectRoot, type Site } from '../settings.mts'
-import { invokingUser } from '../users.mts'
-import { digestOf } from './digest.mts'
-import { note, notes } from './journal.mts'
+import { bringApplication, giveToUser } from './application.mts'
 import type { Legacy } from './look.mts'
 import type { LegacyNginx } from './nginx.mts'
 
@@ -140,7 +136,7 @@ function filled(values: Record<string, string | undefined>): Record<string, stri
   )
 }
 
-/** The application comes along where there is none yet: without what is built, installed or uploaded. */
+/** Both .env files, and the application where it is not there yet. */
 export async function writeSettings(
   envFile: string,
   legacy: Legacy,
@@ -153,87 +149,11 @@ export async function writeSettings(
   if (isFirst) await giveToUser(envFile)
   const text = await writeDockerEnv(envFile)
   const written = await loadSite(envFile, { text })
-  // Booted with an older schema, Strapi would drop what that does not know.
-  if (!existsSync(join(site.source, 'package.json')) || (await isCopyOld(site, legacy))) {
-    await keepEdited(site)
-    await rm(join(site.source, 'package.json'), { force: true })
-    // As it is before: what is edited meanwhile is copied the next time.
-    await note(site, { copied: await digestOfApplication(legacy) })
-    await copyApplication(legacy, site.source)
-    await note(site, { copy: await digestOfCopy(site) })
-    detail(`copied the application to ${site.source}`)
-  }
+  await bringApplication(site, legacy)
   await writeEnv(join(site.source, '.env'), application)
   await giveToUser(join(site.source, '.env'))
   await writeApplicationEnv(written)
   return written
-}
-
-/** Who typed sudo deploys without it later. */
-async function giveToUser(path: string): Promise<void> {
-  const user = invokingUser()
-  if (user) await run(['chown', '--recursive', `${user.uid}:${user.gid}`, path])
-}
-
-/** Whether the application here is a copy of what the legacy one no longer is. */
-export async function isCopyOld(site: Site, legacy: Legacy): Promise<boolean> {
-  const { copied } = await notes(site)
-  return Boolean(copied) && copied !== (await digestOfApplication(legacy))
-}
-
-async function digestOfApplication(legacy: Legacy): Promise<string> {
-  const skipped = [...skippedOf(legacy), join(legacy.source, '.git')]
-  return await digestOf([legacy.source], { skipped, onlyContents: true })
-}
-
-async function digestOfCopy({ source }: Site): Promise<string> {
-  return await digestOf([source], {
-    skipped: ['.env', '.git', 'node_modules', 'package.json'].map((name) => join(source, name)),
-    onlyContents: true,
-  })
-}
-
-/** What somebody has mended in the copy is not overwritten. */
-async function keepEdited(site: Site): Promise<void> {
-  const { copy } = await notes(site)
-  if (!copy || copy === (await digestOfCopy(site))) return
-  const kept = `${site.source}.edited-${releaseTime(new Date())}`
-  await rename(site.source, kept)
-  warn(`the legacy application has changed, and so had its copy: that is kept as ${kept}`)
-}
-
-/** What is built, installed or uploaded, and what is told otherwise. */
-function skippedOf({ source, uploads, database, services }: Legacy): Set<string> {
-  const names = [
-    'node_modules',
-    'dist',
-    'build',
-    '.cache',
-    '.tmp',
-    '.strapi',
-    '.env',
-    'types/generated',
-    'public/uploads',
-  ]
-  // Whole projects are mounted: data of the services may lie below.
-  const redis = services.redis.container.Mounts.filter(({ Destination }) => Destination === '/data')
-  const data = [uploads, database.folder, ...redis.map(({ Source }) => Source)]
-  return new Set([...names.map((name) => join(source, name)), ...data])
-}
-
-/** package.json comes last: a folder without it is not taken for an application. */
-async function copyApplication(legacy: Legacy, target: string): Promise<void> {
-  const skipped = new Set([...skippedOf(legacy), join(legacy.source, 'package.json')])
-  const options = { preserveTimestamps: true, verbatimSymlinks: true }
-  await cp(legacy.source, target, {
-    ...options,
-    recursive: true,
-    filter: (path) => !skipped.has(path),
-  })
-  await mkdir(join(target, 'public/uploads'), { recursive: true })
-  await giveToUser(target)
-  await cp(join(legacy.source, 'package.json'), join(target, 'package.json'), options)
-  await giveToUser(join(target, 'package.json'))
 }
 
 /** Lines such as "REDIS_PASSWORD: (empty) -> ********": which values change, none that could be a secret readable. */

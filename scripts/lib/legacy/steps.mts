@@ -16,12 +16,13 @@ import { alive, detail, interrupted, refuseInDryRun, warn } from '../report.mts'
 import { appSecrets } from '../secrets.mts'
 import type { Site } from '../settings.mts'
 import { differences as nginxDifferences } from '../traffic.mts'
+import { isCopyOld } from './application.mts'
 import { buildAll, isBuilt, notPrepared } from './build.mts'
 import { note, notes } from './journal.mts'
 import { nameOf, type Legacy } from './look.mts'
 import { see, type Migration } from './migration.mts'
 import { replaceNginx, type LegacyNginx } from './nginx.mts'
-import { differences, isCopyOld, writeSettings } from './settings.mts'
+import { differences, writeSettings } from './settings.mts'
 import { isSwitched, legacyView, switchOver, uploadsOwner } from './switch.mts'
 import { copyUploads, differingUploads, keepOwn, newProgress } from './uploads.mts'
 
@@ -218,10 +219,11 @@ async function changes({ envFile, settings, legacy }: Migration): Promise<string
 }
 
 async function copyAll({ legacy, site }: Migration): Promise<void> {
-  if ((await notes(site)).isUnsaved) {
+  if ((await notes(site)).areUploadsUnsaved) {
     const kept = await keepOwn(legacy.uploads, site.folders.uploads)
     if (kept !== undefined)
       warn(`uploads that are in no set, of the last time that this set-up served: ${kept}`)
+    await note(site, { areUploadsUnsaved: false })
   }
   const progress = newProgress()
   const options = { removesOthers: true, progress, signal: interrupted }

@@ -94,8 +94,15 @@ export async function switchOver(migration: Migration): Promise<void> {
 async function noteService({ site, legacy }: Migration): Promise<void> {
   const policies = Object.fromEntries(inStartOrder(legacy).map(({ name, restart }) => [name, restart]))
   const { uid, gid } = await stat(join(legacy.database.folder, 'PG_VERSION'))
+  const names = new Set(
+    inStartOrder(legacy).flatMap(({ container }) => Object.keys(container.NetworkSettings.Networks)),
+  )
+  const networks = await Promise.all(
+    [...names].map(async (name) => [name, (await engine.network(name))?.Labels ?? {}] as const),
+  )
   await note(site, {
     policies,
+    networks: Object.fromEntries(networks),
     dataOwner: `${uid}:${gid}`,
     rows: null,
     switchedAt: new Date().toISOString(),
@@ -112,8 +119,9 @@ async function noteService({ site, legacy }: Migration): Promise<void> {
 /** What is not worth an outage: names, LiveKit, the history. Repeated until it is done. */
 export async function settle(migration: Migration): Promise<void> {
   const { site, legacy } = migration
-  // Whoever began it: the journal may have been lost since.
-  if (!(await notes(site)).hasServed) await note(site, { hasServed: true })
+  // The journal may have been lost since, or the run that started it been killed.
+  const { hasServed, isSwitching } = await notes(site)
+  if (!hasServed || isSwitching) await note(site, { hasServed: true, isSwitching: false })
   await containers.renameRetired(legacy)
   if (usesLiveKit(site)) await run(compose.startServices(site, ['livekit']), { timeoutMs: 1_800_000 })
   const isKnown = (await readHistory(site)).some(({ release }) => release === site.release)

@@ -383,6 +383,7 @@ describe('setup and nginx', () => {
 
   test('puts the file of an earlier SERVER_NAME aside, and back when nginx refuses the new one', async () => {
     const other = join(dirname(site.nginx.confFile), 'other.example.conf')
+    await rm(`${site.nginx.confFile}.previous`, { force: true })
     await edit(own.envFile, { SERVER_NAME: 'other.example' })
     await writeFile(broken(), 'server { nonsense on; }\n')
     expect((await script('setup', own.envFile)).stderr).toContain('unknown directive "nonsense"')

@@ -62,7 +62,7 @@ describe('a migration, in the middle of its switch', () => {
     await stopEngine()
     const { code, stderr } = await legacy.migrate('--yes')
     await startEngine()
-    expect([code, stderr]).toEqual([2, expect.stringContaining('Docker')])
+    expect([code, stderr]).toEqual([2, expect.stringContaining('running engine is missing')])
     expect(await sumsOf(legacy.folder)).toEqual(before)
     await untilAnswered(legacy, 60_000)
   })

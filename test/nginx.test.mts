@@ -185,7 +185,9 @@ describe('the shipped file', () => {
 
   async function buildNextRelease(): Promise<void> {
     const isStandIn = inject('baseImages').NODE_IMAGE?.startsWith('bob-standin/')
-    const [found] = isStandIn ? await engine.tags('bob-standin/debian') : []
+    // Not the older one, which a migration comes from.
+    const tags = isStandIn ? await engine.tags('bob-standin/debian') : []
+    const found = tags.find(({ tag }) => tag !== 'bookworm')
     const base = isStandIn ? `bob-standin/debian:${found?.tag}` : 'debian:trixie-slim'
     const packages = 'apt-get update && apt-get install --yes --no-install-recommends nginx'
     await mkdir(join(folder, 'image'))

@@ -560,8 +560,8 @@ describe('a migration', () => {
     await legacy.site.behave({})
   })
 
-  // After the switch and the whole of it: above.
-  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'nginx'])(
+  // After the whole of it: above.
+  test.each(['look', 'backup', 'settings', 'uploads', 'build', 'switch', 'nginx'])(
     'that stops after %s goes back to exactly what was',
     async (step) => {
       const before = await sumsOf(legacy.uploads)

@@ -15,7 +15,7 @@ import { getUrl } from '../scripts/lib/http.mts'
 import * as report from '../scripts/lib/report.mts'
 import { say, step } from '../scripts/lib/report.mts'
 import { loadSite, projectRoot, type Site, type Slot } from '../scripts/lib/settings.mts'
-import { seedProcedure } from '../test/seed.mts'
+import { seedProcedure } from './seed.mts'
 
 const usage = `
 Measures a deploy of the example site on this machine, by this project's procedure and by the seed's: about ten minutes.

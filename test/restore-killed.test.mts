@@ -35,7 +35,10 @@ describe('a restore that Strapi cannot serve', () => {
     await sql('ALTER TABLE admin_users RENAME TO lost')
     bad = await makeSet()
     await sql('ALTER TABLE lost RENAME TO admin_users')
+    // So long visitors are waited for.
+    await own.set({ HEALTH_TIMEOUT: '8' })
   })
+  afterAll(() => own.set({ HEALTH_TIMEOUT: '180' }))
 
   test('is taken back by itself', async () => {
     const current = await state()
@@ -87,7 +90,6 @@ describe('killed with -9', () => {
     ['3/6', 'begins', 150],
     ['3/6', 'ends', 0],
     ['4/6', 'ends', 0],
-    ['5/6', 'begins', 0],
     ['5/6', 'begins', 60],
     ['5/6', 'ends', 0],
     ['6/6', 'begins', 50],

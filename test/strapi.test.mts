@@ -1,4 +1,4 @@
-/** Deploys of a real Strapi under load: the good one, those that fail, the way back, and what they are measured against. */
+/** Deploys of a real Strapi under load: the good one, those that fail, the way back. */
 import { existsSync } from 'node:fs'
 import { readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -20,7 +20,6 @@ import {
   type Outcome,
   type TestSite,
 } from './harness.mts'
-import { seedProcedure } from './seed.mts'
 
 vi.setConfig({ testTimeout: 600_000 }) // most of it is building changed source
 
@@ -165,19 +164,6 @@ describe('a good deploy', () => {
     await operator('up -d')
     expect(await containers(site)).toEqual(before)
     await expectMasterServesAlone(await settingOf(site, 'STRAPI_VERSION'))
-  })
-})
-
-describe('the procedure that this project began with', () => {
-  test('loses requests', async () => {
-    const seed = await seedProcedure(site)
-    const { release } = resultOf(await mustSucceed(site.begin('deploy', ['--build-only']).outcome))
-    const [report] = await visitorsDuring({ url: seed.url }, () => seed.deploy(String(release)))
-    show("The seed's procedure", report)
-    expect(report.releases.map((one) => one.release)).toContain(release)
-    expect(report.sent).toBeGreaterThan(500)
-    expect(report.lost.length).toBeGreaterThan(0)
-    await expectMasterServesAlone(release)
   })
 })
 

@@ -4,7 +4,7 @@ import { existsSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { open, readdir, readFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { $ } from 'zx'
+import { $ } from 'zx/core'
 import { refuseInDryRun } from './report.mts'
 
 export interface RunOptions {

@@ -16,7 +16,14 @@ import { readArchive } from './untar.mts'
 
 /** Writes the set to a file that only its owner can read. @throws Problem, with no file left */
 export async function exportSet(site: Site, name: string, file: string): Promise<void> {
-  if ((await stat(file).catch(() => undefined)) !== undefined)
+  const partial = join(dirname(file), `.${basename(file)}.partial`)
+  const there = await stat(file).catch(() => undefined)
+  // Killed while it had both names: it is whole.
+  if (there && there.ino === (await stat(partial).catch(() => undefined))?.ino) {
+    await rm(partial)
+    if ((await nameInside(file)) === name) return
+  }
+  if (there)
     throw new Problem(exitCodes.usage, `${file} is there already`, 'Name another file, or remove it.')
   if (!existsSync(dirname(file)))
     throw new Problem(exitCodes.usage, `there is no folder ${dirname(file)}`, 'Make it, or name another one.')
@@ -25,7 +32,6 @@ export async function exportSet(site: Site, name: string, file: string): Promise
   const bytes = Object.values(files).reduce((total, { sizeBytes }) => total + sizeBytes, 0)
   const wants = [{ folder: dirname(file), bytes }, ...(await reserveOn(dirname(file), site.folders.postgres))]
   await needRoom('the file needs', wants)
-  const partial = join(dirname(file), `.${basename(file)}.partial`)
   // Of one that was killed.
   await rm(partial, { force: true })
   try {

@@ -20,6 +20,7 @@ const long = [
   'setup',
   'migrate-form',
   'services',
+  'migrate-refused',
 ]
 
 /** So that the workers end together. */

@@ -200,11 +200,25 @@ describe('a release that changes the schema', () => {
     await expectMasterServesAlone(release)
   })
 
-  test('and boots goes live; its cron tasks run on master only, also while both are up', async () => {
+  test('and boots goes live, killed on its way or not, and nobody notices; crons run on master only, also while both are up', async () => {
     await rm(marker)
-    const [report, outcome] = await deployWithVisitors()
+    const flag = join((await loadSite(site.envFile)).folders.traffic, 'slave')
+    const [report, outcome] = await visitorsDuring({}, async () => {
+      const first = site.begin('deploy', [], (event, child) => {
+        if (event.event !== 'step' || event.step !== '4/7') return
+        const watch = setInterval(() => {
+          if (!existsSync(flag)) return
+          clearInterval(watch)
+          child.kill('SIGKILL')
+        }, 5)
+      })
+      expect((await first.outcome).code).toBe(null)
+      expect(await site.observe()).toMatchObject({ flag: 'strapi-slave', slave: { status: 'healthy' } })
+      return await site.begin('deploy', []).outcome
+    })
     await mustSucceed(Promise.resolve(outcome))
-    expectNobodyLost(report, 150)
+    show('A killed deploy and the next one', report)
+    expectNobodyLost(report, 400)
     await expectMasterServesAlone(resultOf(outcome).release)
 
     const slave = await engine.container((await loadSite(site.envFile)).slots['strapi-slave'].container)
@@ -258,29 +272,6 @@ describe('a release that changes the schema', () => {
     await expectMasterServesAlone(before)
     const master = await engine.container(`${site.project}-strapi-master`)
     expect(master?.HostConfig.RestartPolicy.Name).toBe('unless-stopped')
-  })
-})
-
-describe('a deploy that is killed while visitors move', () => {
-  test('is finished by the next one, and nobody notices', async () => {
-    const flag = join((await loadSite(site.envFile)).folders.traffic, 'slave')
-    const [report, outcome] = await visitorsDuring({}, async () => {
-      const first = site.begin('deploy', [], (event, child) => {
-        if (event.event !== 'step' || event.step !== '4/7') return
-        const watch = setInterval(() => {
-          if (!existsSync(flag)) return
-          clearInterval(watch)
-          child.kill('SIGKILL')
-        }, 5)
-      })
-      expect((await first.outcome).code).toBe(null)
-      expect(await site.observe()).toMatchObject({ flag: 'strapi-slave', slave: { status: 'healthy' } })
-      return await site.begin('deploy', []).outcome
-    })
-    await mustSucceed(Promise.resolve(outcome))
-    show('A killed deploy and the next one', report)
-    expectNobodyLost(report, 400)
-    await expectMasterServesAlone(resultOf(outcome).release)
   })
 })
 

@@ -89,6 +89,7 @@ function skippedOf({ source, uploads, database, services }: Legacy): Set<string>
     '.cache',
     '.tmp',
     '.strapi',
+    '.strapi-updater.json',
     '.env',
     'types/generated',
     'public/uploads',

@@ -131,7 +131,11 @@ describe('killed with -9', () => {
 describe('once the new Strapi has been started', () => {
   beforeAll(() => legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' }))
 
-  test('Ctrl-C while it boots brings the legacy site back', async () => {
+  test.each([
+    ['on the same data', () => '/var/www/bob/data/postgresql'],
+    ['with a copy of the data', () => join(legacy.own.folder, 'postgresql')],
+  ])('Ctrl-C while it boots %s brings the legacy site back', async (_, folder) => {
+    await legacy.site.set({ POSTGRES_VOLUME: folder() })
     await mustSucceed(legacy.migrate('--until', 'settings'))
     await legacy.site.behave({ bootMs: 10_000 })
     const { outcome } = legacy.site.begin('migrate', ['--from', legacy.folder, '--yes'], (event, child) => {
@@ -141,6 +145,7 @@ describe('once the new Strapi has been started', () => {
     expect(code, stdout).toBe(130)
     await expectLegacy(legacy)
     await legacy.site.behave({})
+    await legacy.site.set({ POSTGRES_VOLUME: '/var/www/bob/data/postgresql' })
   })
 
   test('a disk that turns read-only in the outage does not keep visitors from the legacy site; the way back is ended later', async () => {

@@ -35,8 +35,6 @@ describe('a restore that Strapi cannot serve', () => {
     await sql('ALTER TABLE admin_users RENAME TO lost')
     bad = await makeSet()
     await sql('ALTER TABLE lost RENAME TO admin_users')
-    // So long visitors are waited for.
-    await own.set({ HEALTH_TIMEOUT: '8' })
   })
   afterAll(() => own.set({ HEALTH_TIMEOUT: '180' }))
 
@@ -60,6 +58,8 @@ describe('a restore that Strapi cannot serve', () => {
     ['it takes uploads out', isSaid('taking out the uploads'), 0],
   ]
   test.each(moments)('is taken back by the next run when it is killed while %s', async (_, at, delayMs) => {
+    // No longer are visitors waited for.
+    await own.set({ HEALTH_TIMEOUT: '8' })
     const spoilt = await spoil()
     await killed(['restore', bad, '--yes'], at, delayMs)
     await mustSucceed(own.run('data', 'backup', '--only', 'config'))

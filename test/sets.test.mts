@@ -5,6 +5,7 @@ import { existsSync } from 'node:fs'
 import {
   chmod,
   cp,
+  link,
   mkdir,
   readdir,
   readFile,
@@ -283,6 +284,26 @@ describe('a set as one file', () => {
       await run(['umount', small])
       await rm(small, { recursive: true })
     }
+  })
+
+  test('killed while it has two names is ended by the same command, and is no other set', async () => {
+    const name = await makeSet('--only', 'config')
+    const other = await makeSet('--only', 'config')
+    await mustSucceed(own.run('data', 'export', name, file()))
+    const content = await readFile(file())
+    for (const [asked, code] of [
+      [other, 2],
+      [name, 0],
+    ] as const) {
+      await link(file(), partial())
+      expect((await own.run('data', 'export', asked, file())).code).toBe(code)
+      expect(existsSync(partial())).toBe(false)
+    }
+    // Of one that was killed earlier: what is there is not of it.
+    await writeFile(partial(), 'of another one')
+    expect((await own.run('data', 'export', name, file())).code).toBe(2)
+    expect(await readFile(file())).toEqual(content)
+    await rm(partial())
   })
 
   test('killed with -9 on its way is there or not, and the same command ends it', async () => {

@@ -200,7 +200,7 @@ describe('a release that changes the schema', () => {
     await expectMasterServesAlone(release)
   })
 
-  test('and boots goes live, killed on its way or not, and nobody notices; crons run on master only, also while both are up', async () => {
+  test('and boots goes live, killed on its way, and nobody notices; crons run on master only, also while both are up', async () => {
     await rm(marker)
     const flag = join((await loadSite(site.envFile)).folders.traffic, 'slave')
     const [report, outcome] = await visitorsDuring({}, async () => {

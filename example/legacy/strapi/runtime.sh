@@ -3,7 +3,7 @@
 set -e
 cd /app/bob
 if [ -f package-lock.json ]; then
-  npm install --no-audit --no-fund
+  npm install --no-save --no-audit --no-fund
   npm run build
   export NODE_ENV=production
   npm start

@@ -28,7 +28,7 @@ export async function failureToServe(site: Site): Promise<unknown> {
       if (status === 'booting') bootedAt = Date.now()
       if (status !== 'healthy' && status !== 'unhealthy') throw new Error(`${slot} is ${status}`)
       await smoke(site, slot)
-      // The engine's probe, a process of its own every few seconds, is the first that a busy machine starves.
+      // The engine's probe, a process of its own, is the first that a busy machine starves.
       if (status === 'unhealthy')
         warn(`${slot} answers, but the engine calls it unhealthy: is it overloaded?`)
       return undefined

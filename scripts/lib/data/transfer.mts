@@ -20,8 +20,9 @@ export async function exportSet(site: Site, name: string, file: string): Promise
   const there = await stat(file).catch(() => undefined)
   // Killed while it had both names: it is whole.
   if (there && there.ino === (await stat(partial).catch(() => undefined))?.ino) {
-    await rm(partial)
-    if ((await nameInside(file)) === name) return
+    const inside = await nameInside(file).catch(() => undefined)
+    await rm(partial, { force: true })
+    if (inside === name) return await syncFolder(dirname(file))
   }
   if (there)
     throw new Problem(exitCodes.usage, `${file} is there already`, 'Name another file, or remove it.')

@@ -13,7 +13,7 @@ import {
   writeLegacySite,
   type LegacySite,
 } from '../example/legacy.mts'
-import { run } from '../scripts/lib/command.mts'
+import { ask, run } from '../scripts/lib/command.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { setValues } from '../scripts/lib/envfile.mts'
 import { getUrl } from '../scripts/lib/http.mts'
@@ -91,12 +91,7 @@ export async function newLegacy(
     site,
     migrate: (...options) => site.run('migrate', '--from', legacy.folder, ...options),
     async sql(text, isNew = false) {
-      const owner = isNew ? legacy.own.project : legacy.project
-      const made = (await engine.composeContainers()).find(
-        ({ Config: { Labels } }) =>
-          Labels['com.docker.compose.project'] === owner &&
-          /^(postgresql|db)$/.test(Labels['com.docker.compose.service'] ?? ''),
-      )
+      const id = await postgresqlOf(isNew ? legacy.own.project : legacy.project)
       const psql = [
         'psql',
         '--no-psqlrc',
@@ -106,18 +101,36 @@ export async function newLegacy(
         '--username=BoB',
         '--dbname=BoB',
       ]
-      return (
-        await run(['docker', 'exec', '--user=postgres', made?.Id ?? '', ...psql, '--command', text])
-      ).trim()
+      return (await run(['docker', 'exec', '--user=postgres', id, ...psql, '--command', text])).trim()
     },
     remove: () => removeLegacySite(legacy),
   }
 }
 
+async function postgresqlOf(project: string): Promise<string> {
+  const found = (await engine.composeContainers()).find(
+    ({ Config: { Labels } }) =>
+      Labels['com.docker.compose.project'] === project &&
+      /^(postgresql|db)$/.test(Labels['com.docker.compose.service'] ?? ''),
+  )
+  return found?.Id ?? ''
+}
+
 export async function start(legacy: LegacySite): Promise<void> {
   await legacyCompose(legacy, 'up', '--detach', '--build')
+  await untilPostgresql(legacy, 120_000)
   await startNginx(legacy)
   await untilAnswered(legacy, 600_000)
+}
+
+/** Over TCP: a first start has a server of its own, on the socket alone. The tiny app does not wait for it. */
+async function untilPostgresql({ project }: LegacySite, patienceMs: number): Promise<void> {
+  const deadline = Date.now() + patienceMs
+  const isReady = ['docker', 'exec', await postgresqlOf(project), 'pg_isready', '--host=127.0.0.1']
+  while ((await ask(isReady)) === undefined) {
+    if (Date.now() > deadline) throw new Error(`PostgreSQL of ${project} is not ready`)
+    await sleep(200)
+  }
 }
 
 /** Through nginx, as a visitor. */

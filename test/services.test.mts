@@ -331,6 +331,47 @@ describe('PostgreSQL over time', () => {
   })
 })
 
+describe('health', () => {
+  /** What the last five probes found, oldest first. */
+  async function probes(service: Service): Promise<{ isGood: boolean; seconds: number }[]> {
+    interface Probe {
+      Start: string
+      End: string
+      ExitCode: number
+    }
+    const log = JSON.parse(await inspect(await idOf(service), '{{json .State.Health.Log}}')) as Probe[]
+    return log.map(({ Start, End, ExitCode }) => ({
+      isGood: ExitCode === 0,
+      seconds: (Date.parse(End) - Date.parse(Start)) / 1000,
+    }))
+  }
+
+  test.concurrent.each(['postgresql', 'redis'] as const)(
+    'of %s is asked at once after a start and after a failure, and eight seconds later when it was good',
+    async (service) => {
+      const last = async () => (await probes(service)).slice(-2)
+      const quick = (isGood: boolean) => ({ isGood, seconds: expect.toSatisfy((one: number) => one < 7) })
+      const late = (isGood: boolean) => ({ isGood, seconds: expect.toSatisfy((one: number) => one >= 8) })
+      const become = async (expected: unknown[]) =>
+        await vi.waitFor(async () => expect(await last()).toEqual(expected), {
+          timeout: 60_000,
+          interval: 250,
+        })
+      await run(['docker', 'restart', await idOf(service)])
+      await become([quick(true), late(true)])
+      const init = await inspect(await idOf(service), '{{.State.Pid}}')
+      const server = Number((await run(['pgrep', '--parent', init])).trim().split('\n')[0])
+      process.kill(server, 'SIGSTOP')
+      try {
+        await become([late(false), quick(false)])
+      } finally {
+        process.kill(server, 'SIGCONT')
+      }
+      await become([quick(true), late(true)])
+    },
+  )
+})
+
 describe('Redis', () => {
   test("answers the seed's redis-cli command", async () => {
     expect(await redis('set', 'greeting', 'bonjour')).toBe('OK')

@@ -18,6 +18,7 @@ const long = [
   'sets',
   'migrate-postgresql',
   'setup',
+  'refused',
   'migrate-form',
   'services',
   'migrate-refused',

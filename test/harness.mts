@@ -17,7 +17,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { expect, inject } from 'vitest'
+import { beforeEach, expect, inject } from 'vitest'
 import { orphans, run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
@@ -26,6 +26,15 @@ import { appSecrets } from '../scripts/lib/secrets.mts'
 import { loadSite, projectRoot, type SlotName } from '../scripts/lib/settings.mts'
 import { observe, type Observed } from '../scripts/lib/slots.mts'
 import { removeOwnSite, writeOwnSite, type OwnSite } from '../example/site.mts'
+
+// The tests of a file share a site: what fails after the first one fails because of it, and would bury it.
+let hasFailed = false
+beforeEach(({ skip, onTestFailed }) => {
+  skip(hasFailed, 'a test before it has failed')
+  onTestFailed(() => {
+    hasFailed = true
+  })
+})
 
 export interface Outcome {
   code: number | null

@@ -1,7 +1,7 @@
 /** What the steps of a deploy do to the slots, the flag and .env. Each is safe to repeat. */
 import { createWriteStream } from 'node:fs'
 import { join } from 'node:path'
-import { allowBooting } from './booting.mts'
+import { allowBooting, setRestart, trySetRestart } from './booting.mts'
 import { ask, run } from './command.mts'
 import * as compose from './compose.mts'
 import { makeBackup } from './data/backup.mts'
@@ -137,16 +137,17 @@ export async function stop(site: Site, slot: SlotName): Promise<void> {
 
 /** Sends visitors to a slot. From then on it is the one that comes back after a reboot, not the other. */
 export async function route(site: Site, slot: SlotName): Promise<void> {
-  const other = traffic.otherSlot(slot)
+  const { container } = site.slots[slot]
+  const other = site.slots[traffic.otherSlot(slot)].container
   await change(`send visitors to ${slot}`, async () => {
-    await run(compose.setRestart(site, slot, 'unless-stopped'))
+    await setRestart(container, 'unless-stopped')
     // Before the move: the older release, booted again after a power cut, would drop the newer one's columns.
-    await ask(compose.setRestart(site, other, 'no'))
+    await trySetRestart(other, 'no')
     try {
       await traffic.send(site, slot)
     } catch (error) {
-      await ask(compose.setRestart(site, other, 'unless-stopped'))
-      await ask(compose.setRestart(site, slot, 'no'))
+      await trySetRestart(other, 'unless-stopped')
+      await trySetRestart(container, 'no')
       throw error
     }
   })

@@ -1,15 +1,36 @@
-/** Which slot the engine may start again by itself, after a crash or a reboot. */
-import { ask, run } from './command.mts'
-import { setRestart } from './compose.mts'
+/** What the engine may start again by itself, after a crash or a reboot. */
+import { setTimeout as sleep } from 'node:timers/promises'
+import { run } from './command.mts'
 import { recordedSchema } from './history.mts'
 import { change, warn } from './report.mts'
 import { readSchema } from './schema.mts'
 import type { Site, SlotName } from './settings.mts'
 import { observe } from './slots.mts'
 
+/**
+ * Does not count as a change for Compose.
+ * @throws Error when the engine does not take it; a container that ends at this very moment it takes a moment later
+ */
+export async function setRestart(container: string, policy: string): Promise<void> {
+  for (let attemptsLeft = 5; ; attemptsLeft--) {
+    try {
+      await run(['docker', 'update', '--restart', policy, container])
+      return
+    } catch (error) {
+      if (attemptsLeft === 1 || !String(error).includes('Cannot update container')) throw error
+      await sleep(200)
+    }
+  }
+}
+
+/** For a container that need not be there. */
+export async function trySetRestart(container: string, policy: string): Promise<void> {
+  await setRestart(container, policy).catch(() => undefined)
+}
+
 /** What the database has and the code of a booting release does not know, Strapi drops: none of the slots boots any more. */
 export async function forbidBooting(site: Site): Promise<void> {
-  for (const slot of ['strapi-master', 'strapi-slave'] as const) await ask(setRestart(site, slot, 'no'))
+  for (const { container } of Object.values(site.slots)) await trySetRestart(container, 'no')
 }
 
 /** Lets a slot come back, but for one that `forbidBooting` has kept from it and whose release still is not that of the database. */
@@ -24,5 +45,7 @@ export async function allowBooting(site: Site, slot: SlotName): Promise<void> {
     return warn(
       `${slot} stays off after a crash or a reboot: the database has another schema than ${release}, which would drop what it does not know`,
     )
-  await change(`let ${slot} come back after a reboot`, () => run(setRestart(site, slot, 'unless-stopped')))
+  await change(`let ${slot} come back after a reboot`, () =>
+    setRestart(site.slots[slot].container, 'unless-stopped'),
+  )
 }

@@ -53,11 +53,6 @@ export const startServices = (site: Site, services: string[]) => compose(site, '
 
 export const stop = (site: Site, slot: SlotName) => ['docker', 'stop', site.slots[slot].container]
 
-/** Does not count as a change for Compose. */
-export const setRestart = (site: Site, slot: SlotName, policy: 'no' | 'unless-stopped') => {
-  return ['docker', 'update', '--restart', policy, site.slots[slot].container]
-}
-
 export const logs = (site: Site, slot: SlotName, lines: number) => [
   'docker',
   'logs',

@@ -28,16 +28,6 @@ const commands: [string, (site: Site) => string[], string][] = [
   ['stops master', (site) => compose.stop(site, 'strapi-master'), 'docker stop try-strapi-master'],
   ['stops slave', (site) => compose.stop(site, 'strapi-slave'), 'docker stop try-strapi-slave'],
   [
-    'lets slave come back after a reboot',
-    (site) => compose.setRestart(site, 'strapi-slave', 'unless-stopped'),
-    'docker update --restart unless-stopped try-strapi-slave',
-  ],
-  [
-    'keeps master from coming back',
-    (site) => compose.setRestart(site, 'strapi-master', 'no'),
-    'docker update --restart no try-strapi-master',
-  ],
-  [
     'shows the end of a log',
     (site) => compose.logs(site, 'strapi-slave', 20),
     'docker logs --tail 20 try-strapi-slave',

@@ -3,6 +3,7 @@ import { existsSync } from 'node:fs'
 import { rename } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { setRestart } from '../booting.mts'
 import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { syncFolder } from '../envfile.mts'
@@ -62,7 +63,7 @@ interface Stop {
 /** First of all the engine must not start it again: neither now nor after a reboot. */
 async function stop(service: Service, { tell, env = {}, seconds, moreSeconds }: Stop): Promise<void> {
   const { Id } = service.container
-  await run(['docker', 'update', '--restart', 'no', Id])
+  await setRestart(Id, 'no')
   if (!isRunning(await asItIs(service))) return
   const names = Object.keys(env).map((name) => `--env=${name}`)
   const isTold =
@@ -102,7 +103,7 @@ export async function bringBack(legacy: Legacy, networks: Note['networks']): Pro
     await mendNetworks(service, networks)
     if (name.startsWith(retiredPrefix)) await run(['docker', 'rename', Id, name.slice(retiredPrefix.length)])
     await run(['docker', 'start', Id])
-    await run(['docker', 'update', '--restart', service.restart, Id])
+    await setRestart(Id, service.restart)
   }
 }
 

@@ -1,4 +1,5 @@
 /** The containers of the new set-up, and the data that its PostgreSQL works on. */
+import { setRestart } from '../booting.mts'
 import { run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { readText, setValues, writeEnv } from '../envfile.mts'
@@ -56,7 +57,7 @@ export async function stopNew(site: Site, butFor: string[] = []): Promise<void> 
   for (const { Id, State, Config } of await newContainers(site)) {
     if (State.Status === 'created' || State.Status === 'exited') continue
     if (butFor.includes(Config.Labels['com.docker.compose.service'] ?? '')) continue
-    await run(['docker', 'update', '--restart', 'no', Id])
+    await setRestart(Id, 'no')
     await run(['docker', 'stop', '--time', '60', Id])
   }
 }

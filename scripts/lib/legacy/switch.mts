@@ -2,6 +2,7 @@
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { logTail } from '../actions.mts'
+import { setRestart } from '../booting.mts'
 import { usesLiveKit } from '../checks/settings.mts'
 import { run } from '../command.mts'
 import * as compose from '../compose.mts'
@@ -182,7 +183,7 @@ async function startAgain(migration: Migration): Promise<void> {
 async function comeBackAfterReboot(site: Site): Promise<void> {
   for (const service of ['postgresql', 'redis', 'livekit', 'strapi-master'])
     for (const { Id } of await engine.serviceContainers(site.project, service))
-      await run(['docker', 'update', '--restart', 'unless-stopped', Id])
+      await setRestart(Id, 'unless-stopped')
 }
 
 /** Lets all of them end before the first failure counts: what undoes them must not race with them. */

@@ -299,10 +299,8 @@ async function recorded(
     const figures = await (await steps())?.stop()
     if (report.isDryRun()) return { figures }
     // It is live, whatever becomes of this line.
-    const noted = remember(
-      site,
-      { release, result: 'done', seconds: seconds(), figures },
-      await readSchema(site),
+    const noted = readSchema(site).then((schema) =>
+      remember(site, { release, result: 'done', seconds: seconds(), figures }, schema),
     )
     await noted.catch((failure: unknown) => warn(`not written down: ${report.explain(failure)}`))
     return { figures }

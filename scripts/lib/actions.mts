@@ -1,8 +1,8 @@
 /** What the steps of a deploy do to the slots, the flag and .env. Each is safe to repeat. */
 import { createWriteStream } from 'node:fs'
 import { join } from 'node:path'
-import { allowBooting, setRestart, trySetRestart } from './booting.mts'
-import { ask, run } from './command.mts'
+import { allowBooting, setRestart, setRestartIfThere } from './booting.mts'
+import { endOrphans, run } from './command.mts'
 import * as compose from './compose.mts'
 import { makeBackup } from './data/backup.mts'
 import { rememberProven } from './data/verified.mts'
@@ -23,6 +23,7 @@ import {
   Problem,
   warn,
 } from './report.mts'
+import { holdsStrapi } from './schema.mts'
 import { scriptCommand, type Site, type SlotName } from './settings.mts'
 import { describeRepair, type Repair } from './state.mts'
 import * as traffic from './traffic.mts'
@@ -52,6 +53,8 @@ export async function build(site: Site, release: string): Promise<void> {
         () => run(compose.build(site), options),
       )
     } catch (error) {
+      // Compose, a child of a child, may outlive the command that was ended.
+      if (interrupted.aborted) await endOrphans(site.project)
       interrupted.throwIfAborted()
       throw new Error(
         `the image could not be built; the whole output is in ${logFile}, its end:\n${recent.join('\n')}`,
@@ -88,13 +91,6 @@ export async function backUpDatabase(site: Site, served: string): Promise<void> 
       )
     }
   })
-}
-
-/** @throws Error when PostgreSQL cannot be asked */
-async function holdsStrapi(site: Site): Promise<boolean> {
-  const [found] = await engine.serviceContainers(site.project, 'postgresql')
-  const sql = "SELECT to_regclass('public.strapi_database_schema') IS NOT NULL"
-  return (await run(compose.query(found?.Id ?? '', site.database.name, sql))).trim() === 't'
 }
 
 /** Before a slot is started beside one that serves: nobody may fall back on it or be on the way to it. */
@@ -142,12 +138,11 @@ export async function route(site: Site, slot: SlotName): Promise<void> {
   await change(`send visitors to ${slot}`, async () => {
     await setRestart(container, 'unless-stopped')
     // Before the move: the older release, booted again after a power cut, would drop the newer one's columns.
-    await trySetRestart(other, 'no')
+    await setRestartIfThere(other, 'no')
     try {
       await traffic.send(site, slot)
     } catch (error) {
-      await trySetRestart(other, 'unless-stopped')
-      await trySetRestart(container, 'no')
+      await Promise.allSettled([setRestart(other, 'unless-stopped'), setRestart(container, 'no')])
       throw error
     }
   })

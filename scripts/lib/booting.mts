@@ -1,11 +1,13 @@
 /** What the engine may start again by itself, after a crash or a reboot. */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { run } from './command.mts'
+import { stop } from './compose.mts'
+import * as engine from './engine.mts'
 import { recordedSchema } from './history.mts'
 import { change, warn } from './report.mts'
 import { readSchema } from './schema.mts'
 import type { Site, SlotName } from './settings.mts'
-import { observe } from './slots.mts'
+import { observe, statusOf } from './slots.mts'
 
 /**
  * Does not count as a change for Compose.
@@ -23,14 +25,23 @@ export async function setRestart(container: string, policy: string): Promise<voi
   }
 }
 
-/** For a container that need not be there. */
-export async function trySetRestart(container: string, policy: string): Promise<void> {
-  await setRestart(container, policy).catch(() => undefined)
+/** For a container that need not be there. @throws Error as `setRestart`, but for that */
+export async function setRestartIfThere(container: string, policy: string): Promise<void> {
+  await setRestart(container, policy).catch((error: unknown) => {
+    if (!String(error).includes('No such container')) throw error
+  })
 }
 
 /** What the database has and the code of a booting release does not know, Strapi drops: none of the slots boots any more. */
 export async function forbidBooting(site: Site): Promise<void> {
-  for (const { container } of Object.values(site.slots)) await trySetRestart(container, 'no')
+  for (const slot of ['strapi-master', 'strapi-slave'] as const) {
+    const { container } = site.slots[slot]
+    await setRestartIfThere(container, 'no')
+    // That calls off neither a boot under way nor one that the engine has in mind for what has crashed.
+    const found = await engine.container(container)
+    if (found && (found.State.Status === 'restarting' || statusOf(found) === 'booting'))
+      await run(stop(site, slot))
+  }
 }
 
 /** Lets a slot come back, but for one that `forbidBooting` has kept from it and whose release still is not that of the database. */

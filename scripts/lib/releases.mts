@@ -4,7 +4,7 @@ import { removeImage, tag as tagImage } from './compose.mts'
 import * as engine from './engine.mts'
 import { goodReleases, readHistory, recordedSchema, trail, type Entry } from './history.mts'
 import { change, detail, exitCodes, explain, Problem, warn } from './report.mts'
-import { droppedBy, readSchema } from './schema.mts'
+import { droppedBy, holdsStrapi, readSchema } from './schema.mts'
 import { scriptCommand, type Site } from './settings.mts'
 import type { Situation } from './state.mts'
 
@@ -97,7 +97,20 @@ export async function rollbackTarget(
 
 async function refuseSchemaChange(site: Site, target: string): Promise<void> {
   const [current, recorded] = [await readSchema(site), await recordedSchema(site, target)]
-  if (current === undefined || current.hash === recorded?.hash) return
+  const accepting = scriptCommand('deploy', site.envFile, `--rollback ${target} --accept-schema-change`)
+  if (current === undefined) {
+    const isUnused = await holdsStrapi(site).then(
+      (isUsed) => !isUsed,
+      () => false,
+    )
+    if (isUnused) return
+    throw new Problem(
+      exitCodes.usage,
+      `whether the database schema has changed since ${target} cannot be seen`,
+      `See that PostgreSQL answers. If its boot may drop what it does not know: ${accepting}`,
+    )
+  }
+  if (current.hash === recorded?.hash) return
   const dropped = recorded ? droppedBy(recorded, current) : undefined
   const consequence =
     dropped === undefined
@@ -105,11 +118,10 @@ async function refuseSchemaChange(site: Site, target: string): Promise<void> {
       : dropped.length === 0
         ? 'its boot would drop nothing, but change the schema'
         : `its boot would drop, with all data in them: ${dropped.join(', ')}`
-  const advice = `If that is wanted: ${scriptCommand('deploy', site.envFile, `--rollback ${target} --accept-schema-change`)}`
   throw new Problem(
     exitCodes.usage,
     `the database schema has changed since ${target}; ${consequence}`,
-    advice,
+    `If that is wanted: ${accepting}`,
   )
 }
 
@@ -151,7 +163,13 @@ export async function nameHandMade({ takenName, runningId, id, name }: HandMade)
 
 /** Removes images that no rollback needs. A failure is only shown: the deploy has gone well. */
 export async function prune(site: Site, live: string): Promise<void> {
-  const tags = await engine.tags(site.image).catch(() => [])
+  await pruneImages(site, live).catch((error: unknown) =>
+    warn(`images that no rollback needs were not removed: ${explain(error)}`),
+  )
+}
+
+async function pruneImages(site: Site, live: string): Promise<void> {
+  const tags = await engine.tags(site.image)
   const slots = await Promise.all(Object.values(site.slots).map((slot) => engine.container(slot.container)))
   // A stopped slot still holds its image, and its log may be wanted.
   const used = slots.map((found) => found?.Config.Image)

@@ -1,6 +1,6 @@
 /** The database schema as Strapi itself tracks it: what a boot of another release would drop. */
 import { query } from './compose.mts'
-import { ask } from './command.mts'
+import { ask, run } from './command.mts'
 import * as engine from './engine.mts'
 import type { Site } from './settings.mts'
 
@@ -21,6 +21,13 @@ export async function readSchema(site: Site): Promise<Schema | undefined> {
   const sql = `SELECT json_build_object('hash', hash, 'tables', schema->'tables') FROM strapi_database_schema ORDER BY id DESC LIMIT 1`
   const row = await ask(query(postgresql, site.database.name, sql))
   return row === undefined || row.trim() === '' ? undefined : (JSON.parse(row) as Schema)
+}
+
+/** Whether a Strapi has used the database. @throws Error when PostgreSQL cannot be asked */
+export async function holdsStrapi(site: Site): Promise<boolean> {
+  const [found] = await engine.serviceContainers(site.project, 'postgresql')
+  const sql = "SELECT to_regclass('public.strapi_database_schema') IS NOT NULL"
+  return (await run(query(found?.Id ?? '', site.database.name, sql))).trim() === 't'
 }
 
 /** Tables and columns that `current` has and `target` lacks: a boot of the release of `target` drops them with their data. */

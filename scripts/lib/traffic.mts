@@ -4,7 +4,7 @@ import { open, readFile, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { syncFolder } from './envfile.mts'
 import { getUrl } from './http.mts'
-import { exitCodes, pause, Problem, refuseInDryRun } from './report.mts'
+import { exitCodes, explain, pause, Problem, refuseInDryRun } from './report.mts'
 import { scriptCommand, type Site, type SlotName } from './settings.mts'
 
 /** Raised together with nginx/*.conf whenever a deploy needs a newer one. */
@@ -131,7 +131,7 @@ export async function drained(site: Site, slot: SlotName): Promise<boolean> {
       await untilIdle(site, slot, deadline, serving)
       await secludeIdleSlot(site)
       const isEmpty = await untilIdle(site, slot, deadline, serving)
-      if ((await obstacleTo(site, serving)) === undefined) return isEmpty
+      if ((await obstacleTo(site, serving).catch(explain)) === undefined) return isEmpty
     }
   } catch (error) {
     await setAlone(site, false)
@@ -145,7 +145,7 @@ export async function drained(site: Site, slot: SlotName): Promise<boolean> {
  * @param deadline in milliseconds since the epoch
  * @param serving must answer, also at the very end
  * @returns false when some were left at the deadline
- * @throws Error when `serving` has not answered for some seconds
+ * @throws Error when nginx or `serving` has not answered for some seconds
  */
 export async function untilIdle(
   site: Site,
@@ -156,12 +156,17 @@ export async function untilIdle(
   let answeredAt = Date.now()
   // Twice: a request that chose the slot just before may not be counted yet.
   for (let times = 0; ;) {
-    times = (await isIdle(site, slot)) ? times + 1 : 0
-    const obstacle = serving && (await obstacleTo(site, serving).catch((error: Error) => error.message))
-    if (obstacle === undefined) answeredAt = Date.now()
-    else if (Date.now() > answeredAt + patienceMs) throw new Error(obstacle)
-    if (obstacle === undefined && times >= 2) return true
-    if (obstacle === undefined && times === 0 && Date.now() > deadline) return false
+    try {
+      times = (await isIdle(site, slot)) ? times + 1 : 0
+      const obstacle = serving && (await obstacleTo(site, serving))
+      if (obstacle !== undefined) throw new Error(obstacle)
+      answeredAt = Date.now()
+      if (times >= 2) return true
+      if (times === 0 && Date.now() > deadline) return false
+    } catch (error) {
+      // nginx may be restarting.
+      if (Date.now() > answeredAt + patienceMs) throw error
+    }
     await pause(100)
   }
 }

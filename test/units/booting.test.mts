@@ -3,7 +3,7 @@ import { chmod, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { setRestart, trySetRestart } from '../../scripts/lib/booting.mts'
+import { setRestart, setRestartIfThere } from '../../scripts/lib/booting.mts'
 
 /** As Docker 20.10 says it of a container that ends between its two looks at it. */
 const ending =
@@ -51,7 +51,7 @@ describe('a restart policy', () => {
   test('is asked for once where there is no such container', async () => {
     await dockerThatSays(missing, 99)
     await expect(setRestart('70e5', 'no')).rejects.toThrow('No such container')
-    await trySetRestart('70e5', 'no')
+    await setRestartIfThere('70e5', 'no')
     expect(await asked()).toHaveLength(2)
   })
 })

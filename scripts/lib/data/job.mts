@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { readEnv } from '../envfile.mts'
 import { smoke } from '../health.mts'
 import { imageOf } from '../releases.mts'
-import { alive, exitCodes, explain, Problem, warn } from '../report.mts'
+import { alive, exitCodes, explain, pause, Problem, warn } from '../report.mts'
 import { scriptCommand, type Site, type SlotName } from '../settings.mts'
 import { observe } from '../slots.mts'
 import { needSharedFolder, secretsPrint } from './backup.mts'
@@ -124,7 +124,7 @@ export async function prepare(site: Site, request: Request): Promise<Job> {
       : undefined,
     release: serving.release,
     hasRelease,
-    wasServing: serving.status === 'healthy' && (await isServing(site, flag)),
+    wasServing: !['absent', 'stopped', 'booting'].includes(serving.status) && (await isServing(site, flag)),
   }
   await needSpace(job)
   return job
@@ -168,11 +168,14 @@ function unchanged(isNewHost: boolean): string {
   return isNewHost ? 'the settings were written, no data was touched' : 'nothing was changed'
 }
 
+/** Twice, and whatever the engine calls it: we have just kept this machine busy. */
 async function isServing(site: Site, slot: SlotName): Promise<boolean> {
-  return await smoke(site, slot).then(
-    () => true,
-    () => false,
-  )
+  const isAnswered = () =>
+    smoke(site, slot).then(
+      () => true,
+      () => false,
+    )
+  return (await isAnswered()) || (await pause(1000), await isAnswered())
 }
 
 async function needSpace({ site, manifest, withDatabase, uploads, isNewHost }: Job): Promise<void> {

@@ -56,7 +56,10 @@ export async function undoRestore(
     const sql = 'SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1'
     const hash = await run(query(postgresql, last.database, sql)).then(
       (answer) => answer.trim(),
-      () => undefined,
+      // Not a Strapi's.
+      (error: unknown) => {
+        if (!String(error).includes('does not exist')) throw error
+      },
     )
     const { master, slave, flag } = await observe(site)
     const { release } = flag === 'strapi-slave' ? slave : master

@@ -17,9 +17,9 @@ import { isSameFolder } from '../folders.mts'
 import { readSchema } from '../schema.mts'
 import { composeCommand, projectRoot, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
-import { bringBack, bringFilesBack, runningServices } from './containers.mts'
+import { bringBack, bringFilesBack, bringLiveKitBack, runningServices } from './containers.mts'
 import { note, notes, type Note } from './journal.mts'
-import { inStartOrder, nameOf } from './look.mts'
+import { inStartOrder, isRunning, nameOf } from './look.mts'
 import { wasStarted, type Migration } from './migration.mts'
 import { goBack } from './goback.mts'
 import { removeNew, sharesData, startPostgresql, writeDatabaseFolder } from './newsetup.mts'
@@ -130,11 +130,16 @@ export async function rollBack(migration: Migration): Promise<void> {
   if (stage === 'served' && (await notes(site)).back?.set === undefined)
     await step('1/2', 'Back the new site up', () => backUpNew(site, isShared))
   await step('2/2', 'Stop the new set-up, start the legacy one', async () => {
-    const isUntouched =
-      stage === 'legacy' && (await runningServices(legacy)).length === inStartOrder(legacy).length
+    const areAllRunning = async () => (await runningServices(legacy)).length === inStartOrder(legacy).length
+    let isUntouched = stage === 'legacy' && (await areAllRunning())
     if (isUntouched) {
-      // A killed switch may have taken their restarts away already.
-      await bringBack(legacy, (await notes(site)).networks)
+      // A killed switch may have taken their restarts away already, or told one to end.
+      const { networks } = await notes(site)
+      await bringBack(legacy, networks)
+      await bringLiveKitBack(legacy, networks)
+      isUntouched = await areAllRunning()
+    }
+    if (isUntouched) {
       await bringFilesBack(legacy)
       if (isShared) await writeDatabaseFolder(migration, await freshDatabaseFolder(legacy))
       return await removeNew(site)
@@ -210,7 +215,7 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
   const slots = await Promise.all(
     Object.values(site.slots).map(({ container }) => engine.container(container)),
   )
-  const running = slots.filter((found) => found?.State.Status === 'running').map((found) => found?.Id ?? '')
+  const running = slots.flatMap((found) => (found && isRunning({ container: found }) ? [found.Id] : []))
   if (!isShared) for (const id of running) await run(['docker', 'stop', id])
   try {
     const { name } = await makeBackup(site, [...parts])

@@ -95,16 +95,29 @@ export async function renameRetired(legacy: Legacy): Promise<void> {
   }
 }
 
-/** Names and restarts as they were; everything is started. Nothing that it needs is in use by others by now. */
+/** Names and restarts as they were; all that visitors need is started. Nothing that it needs is in use by others by now. */
 export async function bringBack(legacy: Legacy, networks: Note['networks']): Promise<void> {
-  for (const service of await Promise.all(inStartOrder(legacy).map(asItIs))) {
-    const { Id } = service.container
-    const name = nameOf(service)
-    await mendNetworks(service, networks)
-    if (name.startsWith(retiredPrefix)) await run(['docker', 'rename', Id, name.slice(retiredPrefix.length)])
-    await run(['docker', 'start', Id])
-    await setRestart(Id, service.restart)
-  }
+  for (const service of inStartOrder(legacy).filter((one) => one !== legacy.services.livekit))
+    await bringServiceBack(service, networks)
+}
+
+/** Its many ports may be taken meanwhile: visitors must not wait for that. */
+export async function bringLiveKitBack(
+  { services: { livekit } }: Legacy,
+  networks: Note['networks'],
+): Promise<void> {
+  if (livekit) await bringServiceBack(livekit, networks)
+}
+
+async function bringServiceBack(service: Service, networks: Note['networks']): Promise<void> {
+  const { container } = await asItIs(service)
+  const name = nameOf({ container })
+  await mendNetworks({ ...service, container }, networks)
+  if (name.startsWith(retiredPrefix))
+    await run(['docker', 'rename', container.Id, name.slice(retiredPrefix.length)])
+  // First: to start one that was told to end, and has not yet, does nothing.
+  await setRestart(container.Id, service.restart)
+  await run(['docker', 'start', container.Id])
 }
 
 /** `docker network prune` takes those whose containers do not run, and the engine starts none of them then. */

@@ -65,6 +65,7 @@ export async function goBack(migration: Migration): Promise<void> {
   detail('starting the legacy set-up')
   await containers.bringBack(legacy, noted.networks)
   await tolerate(restoreNginx(site))
+  await tolerate(containers.bringLiveKitBack(legacy, noted.networks))
   detail('waiting for the legacy Strapi')
   await containers.untilServing(legacy)
   if (isToKeep) await tolerate(keepWhatItTook(site))

@@ -189,9 +189,9 @@ export function isRunning({ container }: Pick<Service, 'container'>): boolean {
   return container.State.Status === 'running' || container.State.Status === 'restarting'
 }
 
-/** Strapi last: what it needs comes before it. */
+/** What Strapi needs comes before it; LiveKit serves browsers, and its many ports take time. */
 export function inStartOrder({ services }: Legacy): Service[] {
-  return [services.postgresql, services.redis, services.livekit, services.strapi].filter(
+  return [services.postgresql, services.redis, services.strapi, services.livekit].filter(
     (one) => one !== undefined,
   )
 }

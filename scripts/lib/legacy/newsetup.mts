@@ -6,6 +6,7 @@ import { readText, setValues, writeEnv } from '../envfile.mts'
 import { isSameFolder, strangerOnData } from '../folders.mts'
 import { loadSite, type Site } from '../settings.mts'
 import { untilReady } from './database.mts'
+import { isRunning } from './look.mts'
 import type { Migration } from './migration.mts'
 
 /** Whether the new PostgreSQL works in the folder of the legacy one: as its container was made. */
@@ -39,9 +40,10 @@ export async function madeContainer(site: Site, service: string): Promise<engine
 }
 
 export async function stopSlots(site: Site): Promise<void> {
-  for (const { container } of Object.values(site.slots))
-    if ((await engine.container(container))?.State.Status === 'running')
-      await run(['docker', 'stop', container])
+  for (const { container } of Object.values(site.slots)) {
+    const found = await engine.container(container)
+    if (found && isRunning({ container: found })) await run(['docker', 'stop', container])
+  }
 }
 
 const newServices = ['strapi-slave', 'strapi-master', 'livekit', 'redis', 'postgresql']

@@ -1,5 +1,6 @@
 /** The data of the legacy Redis in the volume of the new one, which reads nothing but an append-only file. */
-import { run } from '../command.mts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import type { Site } from '../settings.mts'
 import type { Legacy } from './look.mts'
@@ -20,7 +21,8 @@ until_said() { n=0; until eval "$1"; do n=$((n + 1)); [ "$n" -lt 2000 ] || { ech
 redis-server --dir /new --port 0 --unixsocket /tmp/redis.sock --appendonly no --save '' --daemonize yes --logfile /tmp/redis.log > /dev/null
 until_said '[ "$(ask ping)" = PONG ]' || { cat /tmp/redis.log >&2; exit 1; }
 ask config set appendonly yes > /dev/null
-until_said 'ask info persistence | grep -q aof_rewrite_in_progress:0 && ask info persistence | grep -q aof_rewrite_scheduled:0'
+done_means='^aof_(enabled:1|rewrite_in_progress:0|rewrite_scheduled:0|last_bgrewrite_status:ok)$'
+until_said '[ "$(ask info persistence | grep -c -E "$done_means")" = 4 ]'
 ask shutdown nosave || true`
 
 /** What it writes, an older one does not read. */
@@ -44,7 +46,10 @@ export async function copyRedis(site: Site, legacy: Legacy): Promise<void> {
   const to = `--volume=${site.project}_redis-data:/new`
   // What a killed run has left goes on in its container.
   const name = `${site.project}-redis-copy`
-  if (await engine.container(name)) await run(['docker', 'rm', '--force', name])
+  for (let attemptsLeft = 50; attemptsLeft > 0 && (await engine.container(name)); attemptsLeft--) {
+    await ask(['docker', 'rm', '--force', name])
+    await sleep(100)
+  }
   const argv = [
     'docker',
     'run',

@@ -1,6 +1,7 @@
 /** The moment that visitors notice: the legacy services stop, the new ones start on the same data. If any of it fails, back. */
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { logTail } from '../actions.mts'
 import { setRestart } from '../booting.mts'
 import { usesLiveKit } from '../checks/settings.mts'
@@ -59,6 +60,7 @@ export async function switchOver(migration: Migration): Promise<void> {
   if (migration.stage === 'served') return await startAgain(migration)
   const { legacy } = migration
   const startedAt = Date.now()
+  let isLiveKitOut: Promise<void> | undefined
   try {
     if (migration.stage === 'legacy') await noteService(migration)
     // Begun before; somebody may have taken them down since.
@@ -72,20 +74,19 @@ export async function switchOver(migration: Migration): Promise<void> {
     detail('stopping the legacy Strapi')
     await containers.stopStrapi(legacy)
     detail('moving database, Redis and uploads over')
-    await all([
-      moveDatabase(migration),
-      moveRedis(migration),
-      copyLastUploads(migration),
-      containers.stopLiveKit(legacy),
-    ])
+    // The engine takes seconds for its many ports, and the new Strapi needs none of them: settle sees that it is out.
+    isLiveKitOut = containers.stopLiveKit(legacy).catch((error: unknown) => warn(explain(error)))
+    await all([moveDatabase(migration), moveRedis(migration), copyLastUploads(migration)])
     interrupted.throwIfAborted()
     detail('starting strapi-master')
     await startMaster(migration.site)
   } catch (error) {
+    await isLiveKitOut
     throw await wentWrong(migration, error)
   }
   migration.stage = 'served'
   const outageMs = Date.now() - startedAt
+  await isLiveKitOut
   await note(migration.site, { outageMs, isSwitching: false })
   addToResult({ outageMs })
   detail(`the site was off for ${(outageMs / 1000).toFixed(1)} s`)
@@ -123,6 +124,7 @@ export async function settle(migration: Migration): Promise<void> {
   // The journal may have been lost since, or the run that started it been killed.
   const { hasServed, isSwitching } = await notes(site)
   if (!hasServed || isSwitching) await note(site, { hasServed: true, isSwitching: false })
+  await containers.stopLiveKit(legacy)
   await containers.renameRetired(legacy)
   if (usesLiveKit(site)) await run(compose.startServices(site, ['livekit']), { timeoutMs: 1_800_000 })
   const isKnown = (await readHistory(site)).some(({ release }) => release === site.release)
@@ -270,7 +272,10 @@ async function compareRows(site: Site, postgresql: string): Promise<void> {
 
 async function moveRedis({ site, legacy }: Migration): Promise<void> {
   const redis = (await madeContainer(site, 'redis')).Id
-  if ((await engine.container(redis))?.State.Status !== 'running') {
+  const status = (await engine.container(redis))?.State.Status
+  // A crashed one would come up in the middle of the copy.
+  if (status === 'restarting') await run(['docker', 'stop', redis])
+  if (status !== 'running') {
     await containers.stopRedis(legacy)
     await copyRedis(site, legacy)
     await run(['docker', 'start', redis])
@@ -310,6 +315,7 @@ async function startMaster(site: Site): Promise<void> {
 /** The legacy set-up serves again by itself, or a person is told. */
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
+  await untilEngineAnswers()
   const log = await logTail(site, 'strapi-master')
   const hasChanged = await isSchemaChanged(migration).catch(() => false)
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
@@ -335,6 +341,22 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
     `the switch did not go through; the legacy set-up serves again with all its data${log ? `\n${log.trimEnd()}` : ''}`,
     `Logs of the new containers: ${logsFolder(site)}\nThen: ${scriptCommand('migrate', envFile, `--from ${legacy.folder}`)}`,
     error,
+  )
+}
+
+/** It may be restarting, and nothing comes back without it. An interruption does not end that. */
+async function untilEngineAnswers(): Promise<void> {
+  const answers = () =>
+    engine.version().then(
+      () => true,
+      () => false,
+    )
+  await alive(
+    () => 'waiting for the engine',
+    async () => {
+      for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await answers());)
+        await sleep(500)
+    },
   )
 }
 

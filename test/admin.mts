@@ -77,6 +77,7 @@ export async function seePicture(url: string, name: string): Promise<number> {
   })
   try {
     const page = await browser.newPage()
+    page.setDefaultTimeout(120_000)
     await page.goto(`${url}/admin/auth/login`)
     await page.fill('input[name=email]', account.email)
     await page.fill('input[name=password]', account.password)

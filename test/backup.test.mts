@@ -10,7 +10,7 @@ import { query } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
 import { healthyPostgresql, makeBackup } from '../scripts/lib/data/backup.mts'
 import { readManifest, uploadLines, wrongSums } from '../scripts/lib/data/manifest.mts'
-import { psql } from '../scripts/lib/data/postgresql.mts'
+import { backupSession, psql } from '../scripts/lib/data/postgresql.mts'
 import { listSets, setFolder } from '../scripts/lib/data/sets.mts'
 import { startSession } from '../scripts/lib/data/snapshot.mts'
 import { folderBytes } from '../scripts/lib/data/uploads.mts'
@@ -181,7 +181,10 @@ describe('a backup', () => {
     const began = Promise.withResolvers<void>()
     const first = own.begin('data', ['backup'], () => began.resolve())
     await began.promise
+    // The kernel goes on taking connections for it.
+    first.child.kill('SIGSTOP')
     const second = await own.run('data')
+    first.child.kill('SIGCONT')
     expect(second.code).toBe(4)
     expect(second.stderr).toContain(`process ${first.child.pid}`)
     expect((await first.outcome).code).toBe(0)
@@ -211,6 +214,20 @@ describe('a backup', () => {
     }
   })
 })
+
+/** A session that runs statements as soon as the snapshot of a backup has counted pings, and before pg_dump locks it. */
+async function behindSnapshot(statements: string): Promise<{ ended: Promise<string> }> {
+  const ended = sql(`DO $$ BEGIN LOOP
+      PERFORM pg_stat_clear_snapshot();
+      EXIT WHEN EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
+        WHERE relation = 'pings'::regclass AND application_name = '${backupSession}');
+      PERFORM pg_sleep(0.005);
+    END LOOP; END $$; ${statements}`)
+  ended.catch(() => undefined)
+  const waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'DO $$ BEGIN LOOP%'"
+  await expect.poll(() => sql(waiting), { timeout: 20_000 }).toBe('1')
+  return { ended }
+}
 
 describe('a backup that cannot be made', () => {
   test.each([
@@ -250,10 +267,8 @@ describe('a backup that cannot be made', () => {
 
   test('because it is killed while pg_dump runs has that ended by the next run', async () => {
     // As soon as the snapshot has counted, it waits for the lock, and pg_dump behind it.
-    const locking = `DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM pg_locks WHERE relation = 'pings'::regclass)
-      LOOP PERFORM pg_sleep(0.005); END LOOP; END $$; LOCK TABLE pings IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(5)`
+    await behindSnapshot('LOCK TABLE pings IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(5)')
     const { outcome } = own.begin('data', ['backup'], ({ message }, child) => {
-      if (message === 'taking a snapshot of the database') void sql(locking).catch(() => undefined)
       if (message === 'dumping database.dump') setTimeout(() => child.kill('SIGKILL'), 1500)
     })
     expect((await outcome).code).toBe(null)
@@ -322,7 +337,8 @@ describe('a backup that cannot be made', () => {
       if (message !== 'dumping roles.sql') return
       const [partial = ''] = readdirSync(site.folders.backups).filter((name) => name.startsWith('.partial-'))
       const file = openSync(join(site.folders.backups, partial, 'uploads.tar'), 'r+')
-      writeSync(file, 'X', 600)
+      // Longer than what a random picture may hold there anyway.
+      writeSync(file, 'X'.repeat(8), 600)
       closeSync(file)
     })
     const { code, events } = await outcome
@@ -335,9 +351,9 @@ describe('a backup that cannot be made', () => {
   test('because somebody changes a table is given up on Ctrl-C, and keeps nobody waiting', async () => {
     const before = await listSets(site)
     const locked = sql('BEGIN; LOCK TABLE pings IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(20)')
-    await expect
-      .poll(() => sql("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(20)'"))
-      .not.toBe('0')
+    locked.catch(() => undefined)
+    const sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(20)'"
+    await expect.poll(() => sql(sleeping), { timeout: 20_000 }).not.toBe('0')
     const { outcome } = own.begin('data', ['backup'], ({ message }, child) => {
       if (message === 'taking a snapshot of the database') setTimeout(() => child.kill('SIGINT'), 1500)
     })
@@ -356,17 +372,11 @@ describe('a backup that cannot be made', () => {
 
   test('because somebody is about to change a table gives way before visitors wait for long', async () => {
     const before = await listSets(site)
-    let altered: Promise<string> | undefined
-    // Behind the snapshot, and before pg_dump.
-    const altering = `DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM pg_locks WHERE relation = 'pings'::regclass)
-      LOOP PERFORM pg_sleep(0.005); END LOOP; END $$; ALTER TABLE pings ADD COLUMN IF NOT EXISTS note text`
-    const { outcome } = own.begin('data', ['backup'], ({ message }) => {
-      if (message === 'taking a snapshot of the database') altered = sql(altering)
-    })
-    const { code, events } = await outcome
+    const { ended } = await behindSnapshot('ALTER TABLE pings ADD COLUMN IF NOT EXISTS note text')
+    const { code, events } = await own.begin('data', ['backup']).outcome
     expect(code).toBe(1)
     expect(String(events.at(-1)?.error)).toContain('somebody changes a table just now')
-    await altered
+    await ended
     expect(await listSets(site)).toEqual(before)
     await sql('ALTER TABLE pings DROP COLUMN note')
     await makeSet('--only', 'database')

@@ -4,7 +4,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { openSocket, startLoad, type Load, type LoadReport } from '../example/load.mts'
 import { run } from '../scripts/lib/command.mts'
-import { compose } from '../scripts/lib/compose.mts'
+import { compose, query } from '../scripts/lib/compose.mts'
 import { getUrl } from '../scripts/lib/http.mts'
 import { loadSite } from '../scripts/lib/settings.mts'
 import { setAlone } from '../scripts/lib/traffic.mts'
@@ -41,6 +41,8 @@ function visitors(): Load {
 }
 
 async function visited(): Promise<LoadReport> {
+  // As long as it takes for enough of them to come, however fast the deploy was.
+  await sleep(1500)
   const report = await load?.stop()
   load = undefined
   if (!report) throw new Error('no visitors came')
@@ -132,6 +134,7 @@ describe('a good deploy', () => {
   })
 
   test('waits for nobody when there are only idle keep-alive clients', async () => {
+    await site.set({ DRAIN_TIMEOUT: '60' })
     const idle = startLoad({ url: site.url, getsPerSecond: 4, postsPerSecond: 1 })
     const outcome = await mustSucceed(site.begin('deploy', []).outcome)
     const report = await idle.stop()
@@ -139,8 +142,8 @@ describe('a good deploy', () => {
     const seconds = outcome.events
       .filter((event) => event.event === 'step-done')
       .map((event) => [event.step, event.seconds])
-    // Stopping a container takes about half a second of it.
-    expect(Number(Object.fromEntries(seconds)['4/7'])).toBeLessThan(5)
+    // Stopping a container takes about half a second of it; a wait for them would take all of DRAIN_TIMEOUT.
+    expect(Number(Object.fromEntries(seconds)['4/7'])).toBeLessThan(20)
     expect(outcome.stdout).not.toContain('requests are left')
   })
 })
@@ -193,7 +196,7 @@ describe('a release that is not fit for visitors', () => {
 describe('a master that breaks after slave has taken over', () => {
   test('is stopped, slave keeps serving, and the operator is told what to do', async () => {
     await site.behave({ neverHealthy: true, onlyOn: 'master' })
-    await site.set({ HEALTH_TIMEOUT: '6' })
+    await site.set({ HEALTH_TIMEOUT: '10' })
     visitors()
     const outcome = await site.run('deploy')
     await site.set({ HEALTH_TIMEOUT: '20' })
@@ -235,8 +238,8 @@ describe('a release that falls under its first visitors', () => {
       await site.containerId('strapi-master'),
       await settingOf(site, 'STRAPI_VERSION'),
     ]
-    await site.behave({ exitAfterMs: 6000, onlyOn: 'slave' })
-    await site.set({ DRAIN_TIMEOUT: '8' })
+    await site.behave({ exitAfterMs: 10_000, onlyOn: 'slave' })
+    await site.set({ DRAIN_TIMEOUT: '12' })
     // Keeps master from being stopped before the other one falls.
     const socket = await openSocket(site.url)
     visitors()
@@ -340,6 +343,20 @@ describe('a rollback', () => {
     await mustSucceed(site.run('deploy', '--rollback'))
     expectNobodyLost(await visited())
     await expectMasterServesAlone(first)
+  })
+
+  test('is refused when nobody can see what the older release would drop', async () => {
+    const before = await containers(site)
+    const { database } = await loadSite(site.envFile)
+    const allow = (word: boolean) => {
+      const sql = `ALTER DATABASE "${database.name}" ALLOW_CONNECTIONS ${String(word)}`
+      return run(query(`${site.project}-postgresql-1`, 'postgres', sql))
+    }
+    await allow(false)
+    const outcome = await site.run('deploy', '--rollback')
+    await allow(true)
+    expect([outcome.code, outcome.stderr]).toEqual([2, expect.stringContaining('cannot be seen')])
+    expect(await containers(site)).toEqual(before)
   })
 
   test('is refused before anything happens when the image is gone', async () => {

@@ -1,6 +1,6 @@
 /** Killed, restarted or disturbed anywhere: visitors stay served, and the next run mends it. The tiny app stands for Strapi. */
-import { readFile, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { readFile, rm, writeFile } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { startLoad } from '../example/load.mts'
@@ -79,14 +79,24 @@ describe('a build that does not get to its end', () => {
   })
   afterAll(() => site.set({ STRAPI_DOCKERFILE: dockerfile }))
 
+  async function whileItBuilds(act: (pid: number) => void) {
+    const log = join(dirname(site.envFile), '.state/build.log')
+    await rm(log, { force: true })
+    return await deployAnd(site, '1/7', 0, async (pid) => {
+      const said = () => readFile(log, 'utf8').catch(() => '')
+      await expect.poll(said, { timeout: 60_000 }).toMatch(/^#\d+ [\d.]+ started/m)
+      act(pid)
+    })
+  }
+
   test('because of Ctrl-C is ended with the deploy', async () => {
-    const outcome = await deployAnd(site, '1/7', 3000, (pid) => void process.kill(pid, 'SIGINT'))
+    const outcome = await whileItBuilds((pid) => process.kill(pid, 'SIGINT'))
     expect(outcome.code).toBe(130)
     expect(await orphans(site.project)).toEqual([])
   })
 
   test('because of kill -9 is ended by the next run', async () => {
-    await deployAnd(site, '1/7', 3000, (pid) => void process.kill(pid, 'SIGKILL'))
+    await whileItBuilds((pid) => process.kill(pid, 'SIGKILL'))
     expect((await orphans(site.project)).length).toBeGreaterThan(0)
     await site.set({ STRAPI_DOCKERFILE: dockerfile })
     const outcome = await mustSucceed(site.begin('deploy', []).outcome)

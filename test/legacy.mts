@@ -173,7 +173,7 @@ async function fillUploads(legacy: LegacyTest, names: string[]): Promise<void> {
   await legacy.sql(`INSERT INTO files (url, provider) VALUES ${rows.join(', ')}`)
 }
 
-/** SHA-256 of all files below a folder, by name. */
+/** SHA-256 of all files below a folder, and when they were changed in tenths of a second, by name. */
 export async function sumsOf(folder: string): Promise<Record<string, string>> {
   const names = (await readdir(folder, { recursive: true, withFileTypes: true }))
     .filter((entry) => entry.isFile())
@@ -185,7 +185,8 @@ export async function sumsOf(folder: string): Promise<Record<string, string>> {
   for (const path of names) {
     const hash = createHash('sha256')
     for await (const part of createReadStream(path)) hash.update(part as Buffer)
-    sums[path.slice(folder.length + 1)] = `${hash.digest('hex')} ${Math.round((await stat(path)).mtimeMs)}`
+    sums[path.slice(folder.length + 1)] =
+      `${hash.digest('hex')} ${Math.floor((await stat(path)).mtimeMs / 100)}`
   }
   return sums
 }

@@ -3,6 +3,7 @@
  * and LiveKit, for which a stand-in sleeps on its ports: it has no package.
  */
 import { rename, rm, writeFile } from 'node:fs/promises'
+import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { run } from '../scripts/lib/command.mts'
@@ -12,13 +13,14 @@ import { projectRoot } from '../scripts/lib/settings.mts'
 import {
   expectLegacy,
   expectMigrated,
+  isAnswered,
   newLegacy,
   start,
   sumsOf,
   writeUploads,
   type LegacyTest,
 } from './legacy.mts'
-import { mustSucceed } from './harness.mts'
+import { mustSucceed, resultOf } from './harness.mts'
 
 let legacy: LegacyTest
 let sums: Record<string, string>
@@ -129,7 +131,17 @@ test('a secret that the legacy application does not have is made, for the new on
   expect(await key(legacy.own.source)).toMatch(/^\S{32,}$/)
 })
 
-test('and back', async () => {
+test('and back, when somebody has taken a port of LiveKit: visitors are served, and the same command ends it', async () => {
+  const taken = createServer()
+  const argv = ['--from', legacy.folder, '--rollback', '--yes']
+  const back = await legacy.site.begin('migrate', argv, ({ message }) => {
+    if (message === 'starting the legacy set-up') taken.listen(7880)
+  }).outcome
+  await new Promise((resolve) => taken.close(resolve))
+  expect([back.code, resultOf(back).error]).toEqual([3, expect.stringMatching(/not wholly back[^]*7880/)])
+  expect(await isAnswered(legacy.own.url)).toBe(true)
+  expect(await states()).toMatchObject({ 'app-strapi': 'running', livekit: 'exited' })
+
   const { stdout } = await mustSucceed(legacy.migrate('--rollback', '--yes'))
   expect(stdout).toContain(`To be rid of it: rm -r ${join(legacy.own.folder, 'uploads')}; docker image rm`)
   await expectLegacy(legacy)

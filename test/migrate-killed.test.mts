@@ -42,7 +42,7 @@ const points: [string, number][] = [
   ['Build the new images', 2500],
   ['stopping the legacy Strapi', 50],
   ['moving database, Redis and uploads over', 100],
-  ['moving database, Redis and uploads over', 900],
+  ['moving database, Redis and uploads over', 500],
   ['starting strapi-master', 100],
   ['nginx: the new site in place of the legacy one', 60],
   ['Check list', 100],
@@ -70,7 +70,7 @@ describe('killed with -9', () => {
     for (const [message, delayMs] of points) {
       await killAt(legacy, ['--yes'], message, delayMs)
       // As `git checkout .` does.
-      if (delayMs === 900) await writeFile(file, 'services: {}\n')
+      if (delayMs === 500) await writeFile(file, 'services: {}\n')
     }
     await mustSucceed(legacy.migrate('--yes'))
     await expectMigrated(legacy)

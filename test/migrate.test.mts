@@ -388,7 +388,7 @@ describe('a migration', () => {
 
 test('for good: containers go, data stays, and there is no way back any more', async () => {
   await mustSucceed(legacy.migrate('--yes'))
-  await killAt(legacy, ['--finalize', '--yes'], 'removing the legacy containers', 60)
+  await killAt(legacy, ['--finalize', '--yes'], 'removing the legacy containers', 0)
   await mustSucceed(legacy.migrate('--finalize', '--yes'))
   const found = await engine.composeContainers()
   expect(found.filter((one) => one.Config.Labels['com.docker.compose.project'] === legacy.project)).toEqual(

@@ -189,7 +189,8 @@ describe('the shipped file', () => {
     const tags = isStandIn ? await engine.tags('bob-standin/debian') : []
     const found = tags.find(({ tag }) => tag !== 'bookworm')
     const base = isStandIn ? `bob-standin/debian:${found?.tag}` : 'debian:trixie-slim'
-    const packages = 'apt-get update && apt-get install --yes --no-install-recommends nginx'
+    const apt = 'apt-get -o Acquire::Retries=3'
+    const packages = `${apt} update && ${apt} install --yes --no-install-recommends nginx`
     await mkdir(join(folder, 'image'))
     await writeFile(join(folder, 'image/Dockerfile'), `FROM ${base}\nRUN ${packages}\n`)
     await run(['docker', 'build', '--tag', image, join(folder, 'image')], { timeoutMs: 300_000 })

@@ -7,6 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
+import { forbidBooting } from '../scripts/lib/booting.mts'
 import { run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
@@ -15,7 +16,7 @@ import { healthyPostgresql } from '../scripts/lib/data/backup.mts'
 import { readManifest, sumOf, writeManifest, type Manifest } from '../scripts/lib/data/manifest.mts'
 import { setFolder } from '../scripts/lib/data/sets.mts'
 import { ownFolder } from '../scripts/lib/data/untar.mts'
-import { projectRoot, type Site } from '../scripts/lib/settings.mts'
+import { projectRoot, type Site, type SlotName } from '../scripts/lib/settings.mts'
 import { logIn, seePicture } from './admin.mts'
 import { damage, damages, expectUnseen, mustSucceed, resultOf, secretsOf, type TestSite } from './harness.mts'
 import { damagedTogether, siteToRestore, type State } from './sites.mts'
@@ -180,6 +181,34 @@ describe('a restore', () => {
     await rm(setFolder(site, other), { recursive: true })
   })
 
+  test('of another schema calls off a boot under way, and one of a release that crashes again and again', async () => {
+    const image = (await engine.container(await postgresql()))?.Image ?? ''
+    const pretend = async (slot: SlotName, ...does: string[]) => {
+      const container = `${own.project}-pretends-${slot}`
+      const options = ['--restart=unless-stopped', '--network=none', '--entrypoint=sh', '--health-cmd=false']
+      await run(['docker', 'run', '--detach', `--name=${container}`, ...options, image, '-c', ...does])
+      return { ...site.slots[slot], container }
+    }
+    const slots = {
+      'strapi-master': await pretend('strapi-master', 'exit 1'),
+      'strapi-slave': await pretend('strapi-slave', 'exec sleep 600'),
+    }
+    const states = () =>
+      Promise.all(
+        Object.values(slots).map(async ({ container }) => (await engine.container(container))?.State.Status),
+      )
+    try {
+      await expect.poll(states, { timeout: 20_000 }).toEqual(['restarting', 'running'])
+      await forbidBooting({ ...site, slots })
+      expect(await states()).toEqual(['exited', 'exited'])
+      // Longer than the engine would have waited.
+      await sleep(3000)
+      expect(await states()).toEqual(['exited', 'exited'])
+    } finally {
+      for (const { container } of Object.values(slots)) await run(['docker', 'rm', '--force', container])
+    }
+  })
+
   test.each([
     ['is too small says what is needed', 'size=600k', /to restore it needs about/],
     // Enough for the bytes, not for so many files.
@@ -225,12 +254,12 @@ describe('a restore', () => {
     await sql('DROP TABLE ballast')
     const small = join(own.folder, 'small')
     await mkdir(small)
-    await run(['mount', '-t', 'tmpfs', '-o', 'size=3g', 'tmpfs', small])
+    await run(['mount', '-t', 'tmpfs', '-o', 'size=1000m', 'tmpfs', small])
     try {
       await own.set({ POSTGRES_VOLUME: small })
       const { outcome } = own.begin('data', ['restore', large, '--yes'], ({ event, step }) => {
         if (event === 'step-done' && step === '1/6')
-          execFileSync('fallocate', ['-l', '2700M', join(small, 'full')])
+          execFileSync('fallocate', ['-l', '600M', join(small, 'full')])
       })
       const { code, events } = await outcome
       expect(code).toBe(1)
@@ -419,6 +448,9 @@ describe('a set that does not fit', () => {
     await sql(
       'CREATE TABLE ballast AS SELECT n, md5(random()::text) AS text FROM generate_series(1, 100000) AS n',
     )
+    await sql('CREATE INDEX ballast_n ON ballast (n)')
+    const indexes = () => sql("SELECT count(*) FROM pg_indexes WHERE schemaname = 'public'")
+    const indexed = await indexes()
     const broken = await makeSet()
     await sql('DROP TABLE ballast')
     const folder = setFolder(site, broken)
@@ -440,6 +472,7 @@ describe('a set that does not fit', () => {
     expect(stdout).toContain('picture_2.png is damaged in the set: what is live stays')
     const now = await state()
     expect(now.uploads).toEqual({ ...spoilt.uploads, 'picture_2.png': saved.uploads['picture_2.png'] })
+    expect(await indexes()).toBe(indexed)
     const { ballast, ...rows } = now.rows
     expect(ballast).toBe('0 -')
     expect(rows).toEqual(spoilt.rows)

@@ -1,5 +1,5 @@
 /** PostgreSQL and Redis as docker/ builds them: who gets in, what survives, what they refuse, and where no password shows. */
-import { existsSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { mkdir, mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -99,18 +99,25 @@ async function exitOf(
   return { code: Number(/exit code (\d+)/.exec(failure)?.[1] ?? 0), lines }
 }
 
-async function commandLines(): Promise<string[]> {
-  const processes = (await readdir('/proc')).filter((name) => /^\d+$/.test(name))
-  const read = (pid: string) => readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
-  return (await Promise.all(processes.map(read))).map((line) => line.replaceAll('\0', ' ').trim())
+/** At one go: some live for a few milliseconds. */
+function commandLines(): string[] {
+  const processes = readdirSync('/proc').filter((name) => /^\d+$/.test(name))
+  const read = (pid: string) => {
+    try {
+      return readFileSync(`/proc/${pid}/cmdline`, 'utf8')
+    } catch {
+      return ''
+    }
+  }
+  return processes.map((pid) => read(pid).replaceAll('\0', ' ').trim())
 }
 
 async function commandLinesDuring(action: Promise<unknown>): Promise<Set<string>> {
   const seen = new Set<string>()
   const over = action.then(() => true)
   do {
-    for (const line of await commandLines()) seen.add(line)
-  } while (!(await Promise.race([over, sleep(10, false)])))
+    for (const line of commandLines()) seen.add(line)
+  } while (!(await Promise.race([over, sleep(2, false)])))
   return seen
 }
 
@@ -270,19 +277,25 @@ describe('PostgreSQL over time', () => {
     { moment: 'its user is made', appears: '.initialising/postmaster.pid' },
     { moment: 'the cluster moves to its place', appears: '.initialised' },
   ])('ends its first start when it is killed while $moment', async ({ appears }) => {
-    const data = await mkdtemp(join(folder, 'killed-'))
-    const name = `${own.project}-alone-${data.slice(-6)}`
     const env = { POSTGRES_USER: 'BoB', POSTGRES_DB: 'BoB', POSTGRES_PASSWORD: 'of this test alone' }
     const names = Object.keys(env).flatMap((key) => ['--env', key])
-    const volume = ['--volume', `${data}:/var/lib/postgresql/data`]
     const image = `${own.project}-postgresql`
-    await run(['docker', 'run', '--detach', '--init', '--name', name, ...names, ...volume, image], { env })
-    const pid = Number(await inspect(name, '{{.State.Pid}}'))
-    const deadline = Date.now() + 60_000
-    while (!existsSync(join(data, appears)) && Date.now() < deadline) await nextTurn()
-    process.kill(pid, 'SIGKILL')
-    expect(await run(['docker', 'wait', name])).toBe('137\n')
-    const left = await readdir(data)
+    const killed = async () => {
+      const data = await mkdtemp(join(folder, 'killed-'))
+      const name = `${own.project}-alone-${data.slice(-6)}`
+      const volume = ['--volume', `${data}:/var/lib/postgresql/data`]
+      await run(['docker', 'run', '--detach', '--init', '--name', name, ...names, ...volume, image], { env })
+      const pid = Number(await inspect(name, '{{.State.Pid}}'))
+      const deadline = Date.now() + 60_000
+      while (!existsSync(join(data, appears)) && Date.now() < deadline) await nextTurn()
+      process.kill(pid, 'SIGKILL')
+      expect(await run(['docker', 'wait', name])).toBe('137\n')
+      return { data, name, left: await readdir(data) }
+    }
+    let { data, name, left } = await killed()
+    // The kill came late: the last of these moments is a short one.
+    for (let again = 0; again < 2 && left.includes('PG_VERSION'); again++)
+      ({ data, name, left } = await killed())
     expect(left).toContain(appears.split('/')[0])
     expect(left).not.toContain('PG_VERSION')
 
@@ -459,7 +472,7 @@ describe('both passwords', () => {
         run(['docker', 'top', await idOf(service), '-ef']),
       ),
     )
-    const all = [...(await commandLines()), ...tops]
+    const all = [...commandLines(), ...tops]
     for (const command of ['postgres: checkpointer', 'redis-server'])
       expect(all.join('\n')).toContain(command)
     expect(all.filter(showsSecret)).toEqual([])

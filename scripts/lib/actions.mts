@@ -2,7 +2,7 @@
 import { createWriteStream } from 'node:fs'
 import { join } from 'node:path'
 import { allowBooting, setRestart, setRestartIfThere } from './booting.mts'
-import { endOrphans, run } from './command.mts'
+import { ask, endOrphans, run } from './command.mts'
 import * as compose from './compose.mts'
 import { makeBackup } from './data/backup.mts'
 import { rememberProven } from './data/verified.mts'

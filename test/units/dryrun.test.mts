@@ -33,7 +33,7 @@ test.each([
 test.each([
   tools.removeIncoming('id', ['x']),
   tools.dump('id', { database: 'BoB', snapshot: '1', compression: 'zstd', file: 'x.dump' }),
-  tools.restoreFile('id', { database: 'BoB', file: 'x.dump', jobs: 2, owner: undefined, goesOn: false }),
+  tools.restoreFile('id', { database: 'BoB', file: 'x.dump', jobs: 2, owner: undefined }),
   tools.runFile('id', 'x.sql', false),
   tools.setPassword('id'),
 ])('a dry run cannot run %j', async (...argv) => {

@@ -40,7 +40,7 @@ test('on a terminal one line is written over and over, and gone at the end', asy
   await writeFile(
     file,
     `import { alive, say } from '${report}'
-    await alive(() => 'reading 12.3 MB', () => new Promise((resolve) => setTimeout(resolve, 1300)))
+    await alive(() => 'reading 12.3 MB', () => new Promise((resolve) => setTimeout(resolve, 1700)))
     say('Done')`,
   )
   const command = `${process.execPath} ${file}`
@@ -51,5 +51,5 @@ test('on a terminal one line is written over and over, and gone at the end', asy
   })
   // What erases the line, written as |.
   const lines = said.replaceAll('\r\u{1b}[2K', '|').replaceAll(/… \d s/g, '… N s')
-  expect(lines).toBe('      … N s reading 12.3 MB|      … N s reading 12.3 MB|Done\r\n')
+  expect(lines).toMatch(/^( {6}… N s reading 12\.3 MB\|){2,3}Done\r\n$/)
 })

@@ -5,7 +5,6 @@ import { join } from 'node:path'
 import { ask, run } from '../command.mts'
 import { query } from '../compose.mts'
 import { alive, detail, explain, interrupted, Problem, warn } from '../report.mts'
-
 import { createDatabase, incoming, properties, watchSize } from './databases.mts'
 import type { Job } from './job.mts'
 import * as tools from './postgresql.mts'
@@ -38,13 +37,15 @@ export async function loadDump(job: Job): Promise<void> {
   if (isForeign) detail(`what belonged to ${settings.owner} belongs to ${owner} now`)
   const size = watchSize(postgresql, incoming)
   try {
-    const restoring = tools.restoreFile(postgresql, {
+    const restore = {
       database: incoming,
       file,
       jobs: Math.min(4, availableParallelism()),
       owner: isForeign ? owner : undefined,
-      goesOn: isDamaged,
-    })
+    }
+    const restoring = isDamaged
+      ? tools.restoreReadable(postgresql, restore)
+      : tools.restoreFile(postgresql, restore)
     const { postgres } = site.folders
     await alive(
       () => `restoring, ${megabytes(size.bytes)}`,

@@ -76,26 +76,54 @@ export interface FileRestore {
   jobs: number
   /** Role that gets everything, instead of the roles in the dump. */
   owner: string | undefined
-  /** What is damaged is left out; otherwise the first error ends it. */
-  goesOn: boolean
 }
 
 /** Restores a dump in several sessions at once; a crash in between costs nothing but the restored database. */
-export const restoreFile = (containerId: string, { database, file, jobs, owner, goesOn }: FileRestore) => [
-  'docker',
-  'exec',
-  '--user=root',
-  '--env=PGUSER=postgres',
-  `--env=PGAPPNAME=${restoreSession}`,
-  `--env=PGOPTIONS=${unbound} ${writing()} -c synchronous_commit=off -c wal_compression=off -c maintenance_work_mem=256MB`,
-  containerId,
+export const restoreFile = (containerId: string, restore: FileRestore) => [
+  ...asRestorer(containerId),
   'pg_restore',
-  ...(goesOn ? [] : ['--exit-on-error']),
-  `--jobs=${jobs}`,
-  ...(owner === undefined ? [] : ['--no-owner', `--role=${owner}`]),
-  `--dbname=${database}`,
-  `/backup/${file}`,
+  '--exit-on-error',
+  `--jobs=${restore.jobs}`,
+  ...intoDatabase(restore),
+  `/backup/${restore.file}`,
 ]
+
+/**
+ * Restores what can be read of a damaged dump: pg_restore ends at what it cannot decompress, so each table has one of its own,
+ * and indexes and constraints have one that does not look at data.
+ */
+export const restoreReadable = (containerId: string, restore: FileRestore) => [
+  ...asRestorer(containerId),
+  'sh',
+  '-c',
+  `file=$0; failed=0
+pg_restore --section=pre-data "$@" "$file" || failed=1
+pg_restore --section=data --list "$file" | grep -v '^;' > /tmp/entries
+while IFS= read -r entry; do
+  echo "$entry" | pg_restore --section=data --use-list=/dev/stdin "$@" "$file" || failed=1
+done < /tmp/entries
+rm /tmp/entries
+pg_restore --section=post-data "$@" "$file" || failed=1
+exit $failed`,
+  `/backup/${restore.file}`,
+  ...intoDatabase(restore),
+]
+
+function asRestorer(containerId: string): string[] {
+  return [
+    'docker',
+    'exec',
+    '--user=root',
+    '--env=PGUSER=postgres',
+    `--env=PGAPPNAME=${restoreSession}`,
+    `--env=PGOPTIONS=${unbound} ${writing()} -c synchronous_commit=off -c wal_compression=off -c maintenance_work_mem=256MB`,
+    containerId,
+  ]
+}
+
+function intoDatabase({ database, owner }: FileRestore): string[] {
+  return [...(owner === undefined ? [] : ['--no-owner', `--role=${owner}`]), `--dbname=${database}`]
+}
 
 /** A file that PostgreSQL's user wrote becomes the caller's. */
 export const takeOver = (containerId: string, file: string, owner: string) => {

@@ -315,12 +315,11 @@ async function startMaster(site: Site): Promise<void> {
 /** The legacy set-up serves again by itself, or a person is told. */
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
-  await untilEngineAnswers()
   const log = await logTail(site, 'strapi-master')
   const hasChanged = await isSchemaChanged(migration).catch(() => false)
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
   try {
-    await goBack(migration)
+    await backAsSoonAsPossible(migration)
   } catch (failure) {
     return new Problem(
       exitCodes.degraded,
@@ -344,20 +343,27 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
   )
 }
 
-/** It may be restarting, and nothing comes back without it. An interruption does not end that. */
-async function untilEngineAnswers(): Promise<void> {
-  const answers = () =>
+/** The engine may be restarting, and nothing comes back without it. An interruption does not end that. */
+async function backAsSoonAsPossible(migration: Migration): Promise<void> {
+  const isEngineUp = () =>
     engine.version().then(
       () => true,
       () => false,
     )
-  await alive(
-    () => 'waiting for the engine',
-    async () => {
-      for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await answers());)
-        await sleep(500)
-    },
-  )
+  for (let attemptsLeft = 3; ; attemptsLeft--) {
+    await alive(
+      () => 'waiting for the engine',
+      async () => {
+        for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await isEngineUp());)
+          await sleep(500)
+      },
+    )
+    try {
+      return await goBack(migration)
+    } catch (error) {
+      if (attemptsLeft === 1 || (await isEngineUp())) throw error
+    }
+  }
 }
 
 /** Since the legacy Strapi had made it. */

@@ -7,7 +7,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { parse } from 'dotenv'
 import { ask, hasSystemd, run } from './command.mts'
 import * as engine from './engine.mts'
-import { alive, change, detail, exitCodes, Problem } from './report.mts'
+import { alive, change, detail, exitCodes, pause, Problem } from './report.mts'
 
 export interface Missing {
   name: 'engine' | 'running engine' | 'compose' | 'buildx' | 'nginx'
@@ -56,7 +56,7 @@ export async function installSoftware(missing: Missing[]): Promise<void> {
       'Put sudo in front, or install by hand:\n' + fixes,
     )
 
-  await change('apt-get update', () => run(['apt-get', 'update', '--quiet'], { timeoutMs: 300_000 }))
+  await change('apt-get update', updateLists)
   if (names.includes('engine')) await aptInstall(['docker.io', 'iptables'])
   for (const plugin of ['compose', 'buildx'] as const) {
     if (names.includes(plugin)) await installPlugin(plugin, system.VERSION_CODENAME ?? '')
@@ -65,9 +65,33 @@ export async function installSoftware(missing: Missing[]): Promise<void> {
   if (names.includes('running engine')) await startEngine()
 }
 
+/** Unattended upgrades hold apt's locks for minutes, most of all on a new server. */
+const lockTimeoutSeconds = 300
+
+/** apt itself does not wait for the lock of its lists. */
+async function updateLists(): Promise<void> {
+  const deadline = Date.now() + lockTimeoutSeconds * 1000
+  let what = 'reading the lists of packages'
+  const update = async () => {
+    for (;;) {
+      try {
+        await run(['apt-get', 'update', '--quiet'], { timeoutMs: 300_000 })
+        return
+      } catch (error) {
+        if (Date.now() > deadline || !String(error).includes('Could not get lock')) throw error
+        what = 'waiting for another apt'
+        await pause(2000)
+      }
+    }
+  }
+  await alive(() => what, update)
+}
+
 async function aptInstall(packages: string[]): Promise<void> {
   await change(`install ${packages.join(', ')}`, async () => {
-    const argv = ['apt-get', 'install', '--yes', '--quiet', '--no-install-recommends', ...packages]
+    const waiting = `DPkg::Lock::Timeout=${lockTimeoutSeconds}`
+    const install = ['install', '--yes', '--quiet', '--no-install-recommends', ...packages]
+    const argv = ['apt-get', '-o', waiting, ...install]
     await alive(
       () => packages.join(', '),
       () => run(argv, { env: { DEBIAN_FRONTEND: 'noninteractive' }, timeoutMs: 900_000 }),

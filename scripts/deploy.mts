@@ -299,7 +299,8 @@ async function recorded(
     const figures = await (await steps())?.stop()
     if (report.isDryRun()) return { figures }
     // It is live, whatever becomes of this line.
-    const noted = readSchema(site).then((schema) =>
+    const known = readSchema(site).catch(() => undefined)
+    const noted = known.then((schema) =>
       remember(site, { release, result: 'done', seconds: seconds(), figures }, schema),
     )
     await noted.catch((failure: unknown) => warn(`not written down: ${report.explain(failure)}`))

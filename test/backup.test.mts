@@ -181,6 +181,9 @@ describe('a backup', () => {
     const began = Promise.withResolvers<void>()
     // It has to wait for that.
     const locked = sql('BEGIN; LOCK TABLE pings IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(4)')
+    const holding =
+      "SELECT count(*) FROM pg_locks WHERE relation = 'pings'::regclass AND mode LIKE 'AccessEx%' AND granted"
+    await expect.poll(() => sql(holding), { timeout: 20_000 }).toBe('1')
     const first = own.begin('data', ['backup'], () => began.resolve())
     await began.promise
     const second = await own.run('data')

@@ -59,7 +59,8 @@ describe('a deploy that is killed with -9', () => {
       const report = await load.stop()
       expect(report.lost).toEqual([])
       expect([...report.notStored, ...report.storedTwice]).toEqual([])
-      expect(report.sent).toBeGreaterThan(300)
+      // Two deploys, of which the first one may end at once.
+      expect(report.sent).toBeGreaterThan(150)
       expect(report.releases.at(-1)?.release).toBe(resultOf(outcome).release)
       await expectWhole(site, resultOf(outcome).release)
     },

@@ -228,16 +228,18 @@ export async function killAt(
   options: string[],
   message: string,
   delayMs: number,
-): Promise<void> {
+): Promise<Outcome> {
   const acted: Promise<void>[] = []
   const argv = ['--from', legacy.folder, ...options]
   const { outcome } = legacy.site.begin('migrate', argv, (event, child) => {
     if (event.message.startsWith(message) && acted.length === 0)
       acted.push(sleep(delayMs).then(() => void child.kill('SIGKILL')))
   })
-  const { code, stdout } = await outcome
+  const ended = await outcome
+  const { code, stdout } = ended
   expect([code, acted.length], `killed at "${message}"\n${stdout}`).toEqual([null, 1])
   await Promise.all(acted)
+  return ended
 }
 
 /** Everything of both set-ups that a run could have changed. */

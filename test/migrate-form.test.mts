@@ -14,6 +14,7 @@ import {
   expectLegacy,
   expectMigrated,
   isAnswered,
+  killAt,
   newLegacy,
   start,
   sumsOf,
@@ -47,7 +48,8 @@ beforeAll(async () => {
   await run([
     'sh',
     '-c',
-    `printf 'FROM %s\\nENTRYPOINT ["sh", "-c", "exec sleep 3600"]\\n' "$0" | docker build --quiet --tag "$1" -`,
+    // As with calls under way: it takes all the time that it is given to end.
+    `printf 'FROM %s\\nENTRYPOINT ["sh", "-c", "trap : TERM; while :; do sleep 3600; done"]\\n' "$0" | docker build --quiet --tag "$1" -`,
     values.REDIS_IMAGE ?? '',
     liveKitStandIn(),
   ])
@@ -110,8 +112,10 @@ test('a service that is not known stops it; with --leave it stays as it is', asy
   const early = await legacy.migrate('--leave', 'mail', '--finalize', '--yes')
   expect([early.code, early.stderr]).toEqual([2, expect.stringContaining('does not serve alone')])
   const rows = await legacy.sql(allRows)
-  const { stdout } = await mustSucceed(legacy.migrate('--leave', 'mail', '--yes'))
+  // Killed while LiveKit of the legacy set-up is still ending.
+  const { stdout } = await killAt(legacy, ['--leave', 'mail', '--yes'], 'starting strapi-master', 100)
   expect(stdout).toContain('the data is in a volume of the engine')
+  await mustSucceed(legacy.migrate('--leave', 'mail', '--yes'))
   await expectMigrated(legacy)
   expect(await legacy.sql(allRows, true)).toBe(rows)
   expect(await sumsOf(join(legacy.own.folder, 'uploads'))).toEqual(sums)
@@ -133,9 +137,11 @@ test('a secret that the legacy application does not have is made, for the new on
 
 test('and back, when somebody has taken a port of LiveKit: visitors are served, and the same command ends it', async () => {
   const taken = createServer()
+  // As soon as it is free.
+  taken.on('error', () => setTimeout(() => taken.listen(7880), 5))
   const argv = ['--from', legacy.folder, '--rollback', '--yes']
   const back = await legacy.site.begin('migrate', argv, ({ message }) => {
-    if (message === 'starting the legacy set-up') taken.listen(7880)
+    if (message === 'LiveKit, too') taken.listen(7880)
   }).outcome
   await new Promise((resolve) => taken.close(resolve))
   expect([back.code, resultOf(back).error]).toEqual([3, expect.stringMatching(/not wholly back[^]*7880/)])

@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
-import { forbidBooting } from '../scripts/lib/booting.mts'
+import { allowBooting, forbidBooting } from '../scripts/lib/booting.mts'
 import { run } from '../scripts/lib/command.mts'
 import { compose } from '../scripts/lib/compose.mts'
 import * as engine from '../scripts/lib/engine.mts'
@@ -199,10 +199,17 @@ describe('a restore', () => {
       )
     try {
       await expect.poll(states, { timeout: 20_000 }).toEqual(['restarting', 'running'])
-      await forbidBooting({ ...site, slots })
+      const pretended = { ...site, slots }
+      await forbidBooting(pretended)
       expect(await states()).toEqual(['exited', 'exited'])
       // Longer than the engine would have waited.
       await sleep(3000)
+      expect(await states()).toEqual(['exited', 'exited'])
+      // As an undo does. Stopped by somebody since, it stays so.
+      await allowBooting(pretended, 'strapi-slave')
+      expect(await states()).toEqual(['exited', 'running'])
+      await run(['docker', 'stop', '--time=0', slots['strapi-slave'].container])
+      await allowBooting(pretended, 'strapi-slave')
       expect(await states()).toEqual(['exited', 'exited'])
     } finally {
       for (const { container } of Object.values(slots)) await run(['docker', 'rm', '--force', container])

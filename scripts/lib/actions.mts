@@ -137,9 +137,9 @@ export async function route(site: Site, slot: SlotName): Promise<void> {
   const other = site.slots[traffic.otherSlot(slot)].container
   await change(`send visitors to ${slot}`, async () => {
     await setRestart(container, 'unless-stopped')
-    // Before the move: the older release, booted again after a power cut, would drop the newer one's columns.
-    await setRestartIfThere(other, 'no')
     try {
+      // Before the move: the older release, booted again after a power cut, would drop the newer one's columns.
+      await setRestartIfThere(other, 'no')
       await traffic.send(site, slot)
     } catch (error) {
       await Promise.allSettled([setRestart(other, 'unless-stopped'), setRestart(container, 'no')])

@@ -1,9 +1,12 @@
 /** What the engine may start again by itself, after a crash or a reboot. */
+import { appendFile, rm } from 'node:fs/promises'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { run } from './command.mts'
-import { stop } from './compose.mts'
+import { start, stop } from './compose.mts'
 import * as engine from './engine.mts'
-import { recordedSchema } from './history.mts'
+import { readText } from './envfile.mts'
+import { makeStateDir, recordedSchema } from './history.mts'
 import { change, warn } from './report.mts'
 import { readSchema } from './schema.mts'
 import type { Site, SlotName } from './settings.mts'
@@ -35,13 +38,22 @@ export async function setRestartIfThere(container: string, policy: string): Prom
 /** What the database has and the code of a booting release does not know, Strapi drops: none of the slots boots any more. */
 export async function forbidBooting(site: Site): Promise<void> {
   for (const slot of ['strapi-master', 'strapi-slave'] as const) {
-    const { container } = site.slots[slot]
-    await setRestartIfThere(container, 'no')
+    await setRestartIfThere(site.slots[slot].container, 'no')
     // That calls off neither a boot under way nor one that the engine has in mind for what has crashed.
-    const found = await engine.container(container)
-    if (found && (found.State.Status === 'restarting' || statusOf(found) === 'booting'))
-      await run(stop(site, slot))
+    const found = await engine.container(site.slots[slot].container)
+    if (!found || (found.State.Status !== 'restarting' && statusOf(found) !== 'booting')) continue
+    await makeStateDir(site)
+    await appendFile(stoppedFile(site), `${found.Id}\n`)
+    await run(stop(site, slot))
+    warn(
+      `${slot} was not healthy, and is stopped: its release must not boot on the database of another schema`,
+    )
   }
+}
+
+/** Ids of the containers that were stopped for that. */
+function stoppedFile(site: Site): string {
+  return join(site.stateDir, 'kept-from-booting')
 }
 
 /** Lets a slot come back, but for one that `forbidBooting` has kept from it and whose release still is not that of the database. */
@@ -56,7 +68,10 @@ export async function allowBooting(site: Site, slot: SlotName): Promise<void> {
     return warn(
       `${slot} stays off after a crash or a reboot: the database has another schema than ${release}, which would drop what it does not know`,
     )
-  await change(`let ${slot} come back after a reboot`, () =>
-    setRestart(site.slots[slot].container, 'unless-stopped'),
-  )
+  const { container } = site.slots[slot]
+  await change(`let ${slot} come back after a reboot`, () => setRestart(container, 'unless-stopped'))
+  const stopped = (await readText(stoppedFile(site))) ?? ''
+  if (!stopped.includes((await engine.container(container))?.Id ?? 'none')) return
+  await change(`start ${slot} again`, () => run(start(site, slot)))
+  await rm(stoppedFile(site))
 }

@@ -75,7 +75,7 @@ async function updateLists(): Promise<void> {
   const update = async () => {
     for (;;) {
       try {
-        await run(['apt-get', 'update', '--quiet'], { timeoutMs: 300_000 })
+        await run(['apt-get', 'update', '--quiet'], { env: { LC_ALL: 'C' }, timeoutMs: 300_000 })
         return
       } catch (error) {
         if (Date.now() > deadline || !String(error).includes('Could not get lock')) throw error

@@ -3,7 +3,7 @@ import { ask, run } from './command.mts'
 import { removeImage, tag as tagImage } from './compose.mts'
 import * as engine from './engine.mts'
 import { goodReleases, readHistory, recordedSchema, trail, type Entry } from './history.mts'
-import { change, detail, exitCodes, explain, Problem, warn } from './report.mts'
+import { change, detail, exitCodes, explain, isDryRun, Problem, warn } from './report.mts'
 import { droppedBy, holdsStrapi, readSchema } from './schema.mts'
 import { scriptCommand, type Site } from './settings.mts'
 import type { Situation } from './state.mts'
@@ -91,7 +91,9 @@ export async function rollbackTarget(
       `There are images of: ${images.join(', ') || 'none'}`,
     )
   }
-  if (!wish.acceptSchemaChange) await refuseSchemaChange(site, target)
+  if (wish.acceptSchemaChange) return target
+  if (isDryRun() && way === 'first') detail('whether the schema has changed is seen when PostgreSQL runs')
+  else await refuseSchemaChange(site, target)
   return target
 }
 
@@ -99,15 +101,15 @@ async function refuseSchemaChange(site: Site, target: string): Promise<void> {
   const [current, recorded] = [await readSchema(site), await recordedSchema(site, target)]
   const accepting = scriptCommand('deploy', site.envFile, `--rollback ${target} --accept-schema-change`)
   if (current === undefined) {
-    const isUnused = await holdsStrapi(site).then(
-      (isUsed) => !isUsed,
-      () => false,
+    const why = await holdsStrapi(site).then(
+      (isUsed) => (isUsed ? 'Strapi’s own record of it is empty' : undefined),
+      explain,
     )
-    if (isUnused) return
+    if (why === undefined) return
     throw new Problem(
       exitCodes.usage,
-      `whether the database schema has changed since ${target} cannot be seen`,
-      `See that PostgreSQL answers. If its boot may drop what it does not know: ${accepting}`,
+      `whether the database schema has changed since ${target} cannot be seen: ${why}`,
+      `If its boot may drop what it does not know: ${accepting}`,
     )
   }
   if (current.hash === recorded?.hash) return

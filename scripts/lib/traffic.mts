@@ -164,7 +164,8 @@ export async function untilIdle(
       if (times >= 2) return true
       if (times === 0 && Date.now() > deadline) return false
     } catch (error) {
-      // nginx may be restarting.
+      // nginx may be restarting, and then counts anew.
+      times = 0
       if (Date.now() > answeredAt + patienceMs) throw error
     }
     await pause(100)

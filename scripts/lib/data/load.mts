@@ -43,17 +43,28 @@ export async function loadDump(job: Job): Promise<void> {
       jobs: Math.min(4, availableParallelism()),
       owner: isForeign ? owner : undefined,
     }
-    const restoring = isDamaged
-      ? tools.restoreReadable(postgresql, restore)
-      : tools.restoreFile(postgresql, restore)
     const { postgres } = site.folders
-    await alive(
-      () => `restoring, ${megabytes(size.bytes)}`,
-      () => sparing(postgres, postgres, (signal) => run(restoring, { timeoutMs: 12 * 3_600_000, signal })),
-    ).catch((error: unknown) => {
-      interrupted.throwIfAborted()
-      if (!isDamaged || error instanceof Problem || !blamesTheSet(error)) throw error
-      warn(`accepted: ${explain(error)}`)
+    const restored = (argv: string[], onLine?: (line: string) => void) => {
+      const options = { timeoutMs: 12 * 3_600_000, ...(onLine && { onLine }) }
+      return alive(
+        () => `restoring, ${megabytes(size.bytes)}`,
+        () => sparing(postgres, postgres, (signal) => run(argv, { ...options, signal })),
+      )
+    }
+    await restored(tools.restoreFile(postgresql, restore)).catch(async (error: unknown) => {
+      acceptDamage(isDamaged, error)
+      detail('it cannot be restored as a whole: each table by itself')
+      await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`))
+      await run(query(postgresql, 'postgres', createDatabase(incoming, owner, locale, job.serverVersion)))
+      const said: string[] = []
+      const readable = tools.restoreReadable(postgresql, restore)
+      await restored(readable, (line) => said.push(line)).catch((failure: unknown) => {
+        acceptDamage(isDamaged, failure)
+        // The cause may have come long before the end.
+        acceptDamage(isDamaged, new Error(said.join('\n')))
+        for (const line of said.filter((one) => one.includes('error:')).slice(0, 20))
+          warn(`accepted: ${line}`)
+      })
     })
   } finally {
     size.stop()
@@ -75,6 +86,12 @@ export async function loadDump(job: Job): Promise<void> {
   for (const line of different) warn(`accepted: ${line}`)
   // Last of all: they may keep one from writing.
   for (const line of await setProperties(job, properties(incoming, settings, roles.all))) warn(line)
+}
+
+/** @throws what is not the set's fault, or was not accepted */
+function acceptDamage(isAccepted: boolean, error: unknown): void {
+  interrupted.throwIfAborted()
+  if (!isAccepted || error instanceof Problem || !blamesTheSet(error)) throw error
 }
 
 /** @returns what could not be set, in PostgreSQL's words: not worth a restore */

@@ -90,20 +90,23 @@ export const restoreFile = (containerId: string, restore: FileRestore) => [
 
 /**
  * Restores what can be read of a damaged dump: pg_restore ends at what it cannot decompress, so each table has one of its own,
- * and indexes and constraints have one that does not look at data.
+ * and indexes and constraints have one that does not look at data. After a kill it goes on in the container until the file is
+ * removed, which must come before its database is.
  */
 export const restoreReadable = (containerId: string, restore: FileRestore) => [
   ...asRestorer(containerId),
   'sh',
   '-c',
   `file=$0; failed=0
-pg_restore --section=pre-data "$@" "$file" || failed=1
-pg_restore --section=data --list "$file" | grep -v '^;' > /tmp/entries
+judge() { [ "$1" -le 128 ] || exit "$1"; [ "$1" = 0 ] || failed=1; }
+pg_restore --section=pre-data "$@" "$file"; judge $?
+pg_restore --section=data --list "$file" > /tmp/entries || exit 1
 while IFS= read -r entry; do
-  echo "$entry" | pg_restore --section=data --use-list=/dev/stdin "$@" "$file" || failed=1
+  case $entry in ';'*) continue ;; esac
+  echo "$entry" | pg_restore --section=data --use-list=/dev/stdin "$@" "$file"; judge $?
 done < /tmp/entries
 rm /tmp/entries
-pg_restore --section=post-data "$@" "$file" || failed=1
+pg_restore --section=post-data "$@" "$file"; judge $?
 exit $failed`,
   `/backup/${restore.file}`,
   ...intoDatabase(restore),

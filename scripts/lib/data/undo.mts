@@ -56,9 +56,15 @@ export async function undoRestore(
     const sql = 'SELECT hash FROM strapi_database_schema ORDER BY id DESC LIMIT 1'
     const hash = await run(query(postgresql, last.database, sql)).then(
       (answer) => answer.trim(),
-      // Not a Strapi's.
       (error: unknown) => {
-        if (!String(error).includes('does not exist')) throw error
+        // Not a Strapi's.
+        if (String(error).includes('does not exist')) return
+        throw new Problem(
+          exitCodes.failed,
+          `whether the database before restore ${last.id} has the schema of the release that runs cannot be seen; nothing was changed`,
+          `To take the restore back nevertheless: ${scriptCommand('data', site.envFile, 'undo --accept other-schema')}`,
+          error,
+        )
       },
     )
     const { master, slave, flag } = await observe(site)

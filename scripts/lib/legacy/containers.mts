@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs'
 import { rename } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { setRestart } from '../booting.mts'
+import { setRestart, setRestartIfThere } from '../booting.mts'
 import { ask, run } from '../command.mts'
 import * as engine from '../engine.mts'
 import { syncFolder } from '../envfile.mts'
@@ -74,6 +74,11 @@ async function stop(service: Service, { tell, env = {}, seconds, moreSeconds }: 
     await sleep(50)
   }
   await run(['docker', 'stop', '--time', String(isTold ? moreSeconds : seconds), Id])
+}
+
+/** The engine starts none of them again, also not after a reboot. */
+export async function keepOut(legacy: Legacy): Promise<void> {
+  for (const { container } of inStartOrder(legacy)) await setRestartIfThere(container.Id, 'no')
 }
 
 /** Nobody starts it again by mistake: two PostgreSQL on the same data would destroy it. */
@@ -151,7 +156,8 @@ export async function failureOf({ address }: Legacy): Promise<string | undefined
 
 /** It builds at each start, which takes minutes. @throws Error when Strapi does not answer in half an hour */
 export async function untilServing(legacy: Legacy): Promise<void> {
-  const deadline = performance.now() + 1_800_000
+  const startedAt = performance.now()
+  const deadline = startedAt + 1_800_000
   const name = nameOf(legacy.services.strapi).replace(retiredPrefix, '')
   await alive(
     () => `waiting for the legacy Strapi, which builds at its start: docker logs -f ${name}`,
@@ -160,9 +166,16 @@ export async function untilServing(legacy: Legacy): Promise<void> {
         if (performance.now() > deadline)
           throw new Error(`the legacy Strapi does not serve: ${reason}; see: docker logs ${name}`)
         await sleep(500)
+        if (performance.now() < startedAt + 60_000) await startEnded(legacy)
       }
     },
   )
+}
+
+/** What was told to end just before it was started ends nevertheless. */
+async function startEnded({ services: { postgresql, redis, strapi } }: Legacy): Promise<void> {
+  for (const { container } of await Promise.all([postgresql, redis, strapi].map(asItIs)))
+    if (container.State.Status === 'exited') await ask(['docker', 'start', container.Id])
 }
 
 async function renameSynced(from: string, to: string): Promise<void> {

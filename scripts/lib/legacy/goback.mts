@@ -50,7 +50,8 @@ export async function goBack(migration: Migration): Promise<void> {
   const isToKeep = hasServed && !isShared && back?.set === undefined
   // A full disk, too, must not keep visitors from the legacy set-up.
   if (!back) await tolerate(note(site, { back: {} }))
-  await stopNew(site, isToKeep ? ['postgresql'] : [])
+  const kept = isToKeep ? ['postgresql'] : []
+  await stopNew(site, [...kept, 'livekit'])
   if (isShared) {
     const stranger = await strangerOnData(
       legacy.database.folder,
@@ -65,7 +66,10 @@ export async function goBack(migration: Migration): Promise<void> {
   detail('starting the legacy set-up')
   await containers.bringBack(legacy, noted.networks)
   await tolerate(restoreNginx(site))
-  await tolerate(containers.bringLiveKitBack(legacy, noted.networks))
+  if (legacy.services.livekit) {
+    detail('LiveKit, too')
+    await tolerate(stopNew(site, kept).then(() => containers.bringLiveKitBack(legacy, noted.networks)))
+  }
   detail('waiting for the legacy Strapi')
   await containers.untilServing(legacy)
   if (isToKeep) await tolerate(keepWhatItTook(site))

@@ -16,7 +16,16 @@ import { exampleFile, loadSite, scriptCommand, stateDirOf, withEnvironment, type
 import { observe } from '../slots.mts'
 import { failureOf } from './containers.mts'
 import { notes } from './journal.mts'
-import { inStartOrder, isRunning, look, nameOf, retiredSuffix, type Legacy, type Unclear } from './look.mts'
+import {
+  inStartOrder,
+  isRunning,
+  look,
+  nameOf,
+  retiredSuffix,
+  type Legacy,
+  type Service,
+  type Unclear,
+} from './look.mts'
 import { legacyNginx, type LegacyNginx } from './nginx.mts'
 import { expectedOutage } from './outage.mts'
 import { planSettings, type Settings } from './settings.mts'
@@ -87,7 +96,12 @@ export async function see(envFile: string, from: string, leave: string[]): Promi
   })
   // The containers of a site that this migration has not made say nothing.
   const hasServed = noted.hasServed || (isRetired && (await wasStarted(settings.site)))
-  const areRunning = inStartOrder(legacy).map(isRunning)
+  // LiveKit may still be ending: the engine takes its time for so many ports.
+  const isEnding = (service: Service) =>
+    hasServed &&
+    service === legacy.services.livekit &&
+    service.container.HostConfig.RestartPolicy.Name === 'no'
+  const areRunning = inStartOrder(legacy).map((service) => isRunning(service) && !isEnding(service))
   await refuseSecondServer(settings.site, legacy, hasServed)
   if (hasServed && areRunning.some(Boolean)) await refuseBoth(settings.site, legacy)
   // What runs says more than a name: a way back may have ended half-way.

@@ -54,13 +54,16 @@ export async function newContainers(site: Site): Promise<engine.Container[]> {
   ).flat()
 }
 
-/** PostgreSQL gets the time to end well. One that the engine starts again and again would not stay stopped. */
+/**
+ * PostgreSQL gets the time to end well; LiveKit would wait for the last call. One that the engine starts again and again would
+ * not stay stopped.
+ */
 export async function stopNew(site: Site, butFor: string[] = []): Promise<void> {
   for (const { Id, State, Config } of await newContainers(site)) {
-    if (State.Status === 'created' || State.Status === 'exited') continue
-    if (butFor.includes(Config.Labels['com.docker.compose.service'] ?? '')) continue
+    const service = Config.Labels['com.docker.compose.service'] ?? ''
+    if (State.Status === 'created' || State.Status === 'exited' || butFor.includes(service)) continue
     await setRestart(Id, 'no')
-    await run(['docker', 'stop', '--time', '60', Id])
+    await run(['docker', 'stop', '--time', service === 'livekit' ? '10' : '60', Id])
   }
 }
 

@@ -135,7 +135,10 @@ export async function settle(migration: Migration): Promise<void> {
 async function startAgain(migration: Migration): Promise<void> {
   const { legacy } = migration
   const back = scriptCommand('migrate', migration.envFile, '--rollback')
-  const running = await containers.runningServices(legacy)
+  const running = (await containers.runningServices(legacy)).filter(
+    // It may still be ending; settle waits for that.
+    (one) => one.name !== legacy.services.livekit?.name,
+  )
   if (running.length > 0)
     throw new Problem(
       exitCodes.degraded,
@@ -146,6 +149,8 @@ async function startAgain(migration: Migration): Promise<void> {
   const { site } = migration
   try {
     await note(site, { isSwitching: false, back: null, areUploadsBack: false })
+    // A way back that came to nothing may have given it to them again.
+    await containers.keepOut(legacy)
     // Also where somebody has taken the containers down.
     await run(compose.create(site, 'strapi-master'), { env: { STRAPI_VERSION: site.release } })
     await startPostgresql(await madeContainer(site, 'postgresql'))
@@ -315,8 +320,9 @@ async function startMaster(site: Site): Promise<void> {
 /** The legacy set-up serves again by itself, or a person is told. */
 async function wentWrong(migration: Migration, error: unknown): Promise<Problem> {
   const { site, legacy, envFile } = migration
+  await untilEngineAnswers()
   const log = await logTail(site, 'strapi-master')
-  const hasChanged = await isSchemaChanged(migration).catch(() => false)
+  const hasChanged = await isSchemaChanged(migration).catch(() => undefined)
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
   try {
     await backAsSoonAsPossible(migration)
@@ -328,10 +334,10 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
       error,
     )
   }
-  if (hasChanged)
+  if (hasChanged !== false)
     return new Problem(
       exitCodes.degraded,
-      `the switch did not go through; the legacy set-up serves again, but the new Strapi had changed the database schema: what it dropped is gone there${log ? `\n${log.trimEnd()}` : ''}`,
+      `the switch did not go through; the legacy set-up serves again, but ${hasChanged ? 'the new Strapi had changed the database schema: what it dropped is gone there' : 'whether the new Strapi had changed the database schema, and dropped something, is not known'}${log ? `\n${log.trimEnd()}` : ''}`,
       `The data as it was before: ${setFolder(site, (await notes(site)).backup ?? '')}, by the commands of RECOVERY.md in it`,
       error,
     )
@@ -343,34 +349,40 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
   )
 }
 
-/** The engine may be restarting, and nothing comes back without it. An interruption does not end that. */
-async function backAsSoonAsPossible(migration: Migration): Promise<void> {
-  const isEngineUp = () =>
+/** It may be restarting, and nothing comes back without it. An interruption does not end that. */
+async function untilEngineAnswers(): Promise<void> {
+  const answers = () =>
     engine.version().then(
       () => true,
       () => false,
     )
+  await alive(
+    () => 'waiting for the engine',
+    async () => {
+      for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await answers());)
+        await sleep(500)
+    },
+  )
+}
+
+async function backAsSoonAsPossible(migration: Migration): Promise<void> {
   for (let attemptsLeft = 3; ; attemptsLeft--) {
-    await alive(
-      () => 'waiting for the engine',
-      async () => {
-        for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await isEngineUp());)
-          await sleep(500)
-      },
-    )
     try {
       return await goBack(migration)
     } catch (error) {
-      if (attemptsLeft === 1 || (await isEngineUp())) throw error
+      // It was restarted in the middle of that.
+      const isOfEngine = /docker daemon|container engine|error during connect|EOF|ECONN/.test(explain(error))
+      if (attemptsLeft === 1 || !isOfEngine) throw error
+      await untilEngineAnswers()
     }
   }
 }
 
-/** Since the legacy Strapi had made it. */
-async function isSchemaChanged(migration: Migration): Promise<boolean> {
-  if (!(await sharesData(migration))) return false
+/** Since the legacy Strapi had made it; undefined when nobody can tell. */
+async function isSchemaChanged(migration: Migration): Promise<boolean | undefined> {
   const { site } = migration
-  const { schemaHash } = await notes(site)
+  const { schemaHash, hasServed } = await notes(site)
+  if (!hasServed || !(await sharesData(migration))) return false
   const now = await readSchema(site)
-  return schemaHash !== undefined && now !== undefined && now.hash !== schemaHash
+  return schemaHash === undefined || now === undefined ? undefined : now.hash !== schemaHash
 }

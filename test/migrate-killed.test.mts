@@ -82,9 +82,19 @@ describe('killed with -9', () => {
 
   test('on the way back, and then forward again: nothing of it is left, and the next way back is whole', async () => {
     await mustSucceed(legacy.migrate('--yes'))
-    await killAt(legacy, ['--rollback', '--yes'], 'stopping the new set-up', 700)
+    await killAt(legacy, ['--rollback', '--yes'], 'starting the legacy set-up', 0)
+    const legacyContainers = async () =>
+      (await engine.composeContainers()).filter(
+        (one) => one.Config.Labels['com.docker.compose.project'] === legacy.project,
+      )
+    // A moment later it would have given them that again.
+    for (const { Id } of await legacyContainers())
+      await run(['docker', 'update', '--restart', 'unless-stopped', Id])
     await mustSucceed(legacy.migrate('--yes'))
     await expectMigrated(legacy)
+    // Else, after a reboot, two PostgreSQL would work on the same data.
+    for (const { Name, HostConfig } of await legacyContainers())
+      expect([Name, HostConfig.RestartPolicy.Name]).toEqual([Name, 'no'])
     for (const service of ['postgresql', 'redis', 'strapi-master'])
       for (const { HostConfig } of await engine.serviceContainers(legacy.own.project, service))
         expect([service, HostConfig.RestartPolicy.Name]).toEqual([service, 'unless-stopped'])

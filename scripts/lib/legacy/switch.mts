@@ -36,7 +36,7 @@ import * as containers from './containers.mts'
 import { adoptRoles, countRows, untilReady } from './database.mts'
 import { goBack, logsFolder } from './goback.mts'
 import { note, notes } from './journal.mts'
-import { inStartOrder, type Legacy } from './look.mts'
+import { inStartOrder, type Legacy, type Service } from './look.mts'
 import type { Migration } from './migration.mts'
 import { madeContainer, sharesData, startPostgresql, writeDatabaseFolder } from './newsetup.mts'
 import { copyRedis } from './redis.mts'
@@ -51,9 +51,15 @@ export function legacyView(site: Site, { source, uploads, database: { name, user
 
 /** The new Strapi serves, and nothing of the legacy set-up runs. */
 export async function isSwitched({ site, legacy, stage }: Migration): Promise<boolean> {
-  if (stage !== 'served' || (await containers.runningServices(legacy)).length > 0) return false
+  if (stage !== 'served' || (await stillRunning(legacy)).length > 0) return false
   const { master, slave } = await observe(site)
   return master.status === 'healthy' || slave.status === 'healthy'
+}
+
+/** LiveKit may still be ending: settle waits for that. */
+async function stillRunning(legacy: Legacy): Promise<Service[]> {
+  const running = await containers.runningServices(legacy)
+  return running.filter(({ name }) => name !== legacy.services.livekit?.name)
 }
 
 export async function switchOver(migration: Migration): Promise<void> {
@@ -135,10 +141,7 @@ export async function settle(migration: Migration): Promise<void> {
 async function startAgain(migration: Migration): Promise<void> {
   const { legacy } = migration
   const back = scriptCommand('migrate', migration.envFile, '--rollback')
-  const running = (await containers.runningServices(legacy)).filter(
-    // It may still be ending; settle waits for that.
-    (one) => one.name !== legacy.services.livekit?.name,
-  )
+  const running = await stillRunning(legacy)
   if (running.length > 0)
     throw new Problem(
       exitCodes.degraded,

@@ -72,7 +72,7 @@ describe('a migration, in the middle of its switch', () => {
     const restarts: Promise<void>[] = []
     const argv = ['--from', legacy.folder, '--yes']
     const { outcome } = legacy.site.begin('migrate', argv, ({ message }) => {
-      if (message === 'moving database, Redis and uploads over') restarts.push(sleep(300).then(restartEngine))
+      if (message === 'moving database, Redis and uploads over') restarts.push(sleep(100).then(restartEngine))
     })
     const { code, stdout } = await outcome
     await Promise.all(restarts)

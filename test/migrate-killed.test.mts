@@ -42,10 +42,10 @@ const points: [string, number][] = [
   ['Build the new images', 2500],
   ['stopping the legacy Strapi', 50],
   ['moving database, Redis and uploads over', 100],
-  ['moving database, Redis and uploads over', 500],
+  ['moving database, Redis and uploads over', 200],
   ['starting strapi-master', 100],
   ['nginx: the new site in place of the legacy one', 60],
-  ['Check list', 100],
+  ['Check list', 50],
 ]
 describe('killed with -9', () => {
   let rows: string
@@ -70,7 +70,7 @@ describe('killed with -9', () => {
     for (const [message, delayMs] of points) {
       await killAt(legacy, ['--yes'], message, delayMs)
       // As `git checkout .` does.
-      if (delayMs === 500) await writeFile(file, 'services: {}\n')
+      if (delayMs === 200) await writeFile(file, 'services: {}\n')
     }
     await mustSucceed(legacy.migrate('--yes'))
     await expectMigrated(legacy)
@@ -108,7 +108,7 @@ describe('killed with -9', () => {
   })
 
   test('in the middle of the switch: the way back is there at once, and no deploy starts what has no data yet', async () => {
-    await killAt(legacy, ['--yes'], 'moving database, Redis and uploads over', 400)
+    await killAt(legacy, ['--yes'], 'moving database, Redis and uploads over', 150)
     await expect(startServices(await loadSite(legacy.own.envFile))).rejects.toThrow(
       /in the middle of its switch/,
     )

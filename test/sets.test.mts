@@ -138,7 +138,7 @@ describe('verify --deep', () => {
 
   test.each([
     ['restoring the dump', 0],
-    ['restoring the dump', 300],
+    ['restoring the dump', 150],
     ['comparing it', 0],
   ])('killed at "%s" (+ %i ms) leaves nothing that the next run does not remove', async (point, delayMs) => {
     const { outcome } = own.begin('data', ['verify', good, '--deep'], ({ message }, child) => {

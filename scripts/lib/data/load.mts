@@ -23,7 +23,9 @@ export async function loadDump(job: Job): Promise<void> {
   const owner = site.database.user
   const settings = manifest.database?.settings
   const locale = job.sortsAsServer ? undefined : settings
-  await run(query(postgresql, 'postgres', createDatabase(incoming, owner, locale, job.serverVersion)))
+  const create = () =>
+    run(query(postgresql, 'postgres', createDatabase(incoming, owner, locale, job.serverVersion)))
+  await create()
   const isDamaged = job.accept.includes('damaged')
   const roles = await createMissingRoles(site, postgresql, job.folder, id).catch((error: unknown) => {
     if (!isDamaged) throw error
@@ -35,39 +37,14 @@ export async function loadDump(job: Job): Promise<void> {
   await link(join(job.folder, 'database.dump'), join(incomingFolder(site), file))
   const isForeign = settings !== undefined && settings.owner !== owner
   if (isForeign) detail(`what belonged to ${settings.owner} belongs to ${owner} now`)
-  const size = watchSize(postgresql, incoming)
   try {
-    const restore = {
+    await restoreInto(job, create, {
       database: incoming,
       file,
       jobs: Math.min(4, availableParallelism()),
       owner: isForeign ? owner : undefined,
-    }
-    const { postgres } = site.folders
-    const restored = (argv: string[], onLine?: (line: string) => void) => {
-      const options = { timeoutMs: 12 * 3_600_000, ...(onLine && { onLine }) }
-      return alive(
-        () => `restoring, ${megabytes(size.bytes)}`,
-        () => sparing(postgres, postgres, (signal) => run(argv, { ...options, signal })),
-      )
-    }
-    await restored(tools.restoreFile(postgresql, restore)).catch(async (error: unknown) => {
-      acceptDamage(isDamaged, error)
-      detail('it cannot be restored as a whole: each table by itself')
-      await run(query(postgresql, 'postgres', `DROP DATABASE "${incoming}" WITH (FORCE)`))
-      await run(query(postgresql, 'postgres', createDatabase(incoming, owner, locale, job.serverVersion)))
-      const said: string[] = []
-      const readable = tools.restoreReadable(postgresql, restore)
-      await restored(readable, (line) => said.push(line)).catch((failure: unknown) => {
-        acceptDamage(isDamaged, failure)
-        // The cause may have come long before the end.
-        acceptDamage(isDamaged, new Error(said.join('\n')))
-        for (const line of said.filter((one) => one.includes('error:')).slice(0, 20))
-          warn(`accepted: ${line}`)
-      })
     })
   } finally {
-    size.stop()
     // What stays is removed by the next run; a PostgreSQL that died must not hide why.
     await ask(tools.removeIncoming(postgresql, [file]))
   }
@@ -88,10 +65,44 @@ export async function loadDump(job: Job): Promise<void> {
   for (const line of await setProperties(job, properties(incoming, settings, roles.all))) warn(line)
 }
 
-/** @throws what is not the set's fault, or was not accepted */
-function acceptDamage(isAccepted: boolean, error: unknown): void {
-  interrupted.throwIfAborted()
-  if (!isAccepted || error instanceof Problem || !blamesTheSet(error)) throw error
+/** As a whole or, where damage is accepted, each table by itself. */
+async function restoreInto(
+  { site, postgresql, accept }: Job,
+  create: () => Promise<unknown>,
+  restore: tools.FileRestore,
+): Promise<void> {
+  const { postgres } = site.folders
+  const size = watchSize(postgresql, restore.database)
+  let said: string[] = []
+  const restoring = (argv: string[]) =>
+    alive(
+      () => `restoring, ${megabytes(size.bytes)}`,
+      () =>
+        sparing(postgres, postgres, (signal) =>
+          run(argv, { timeoutMs: 12 * 3_600_000, signal, onLine: (line) => said.push(line) }),
+        ),
+    )
+  const acceptDamage = (error: unknown) => {
+    interrupted.throwIfAborted()
+    if (!accept.includes('damaged') || error instanceof Problem || !blamesTheSet(error)) throw error
+  }
+  try {
+    await restoring(tools.restoreFile(postgresql, restore))
+  } catch (error) {
+    acceptDamage(error)
+    detail('it cannot be restored as a whole: each table by itself')
+    await run(query(postgresql, 'postgres', `DROP DATABASE "${restore.database}" WITH (FORCE)`))
+    await create()
+    said = []
+    await restoring(tools.restoreReadable(postgresql, restore)).catch((failure: unknown) => {
+      acceptDamage(failure)
+      // The cause may have come long before the end.
+      acceptDamage(new Error(said.join('\n')))
+      for (const line of said.filter((one) => one.includes('error:')).slice(0, 20)) warn(`accepted: ${line}`)
+    })
+  } finally {
+    size.stop()
+  }
 }
 
 /** @returns what could not be set, in PostgreSQL's words: not worth a restore */

@@ -299,7 +299,10 @@ async function recorded(
     const figures = await (await steps())?.stop()
     if (report.isDryRun()) return { figures }
     // It is live, whatever becomes of this line.
-    const known = readSchema(site).catch(() => undefined)
+    const known = readSchema(site).catch((failure: unknown) => {
+      warn(`the schema is not written down: ${report.explain(failure)}`)
+      return undefined
+    })
     const noted = known.then((schema) =>
       remember(site, { release, result: 'done', seconds: seconds(), figures }, schema),
     )

@@ -15,6 +15,7 @@ import {
   showStatus,
 } from './lib/legacy/back.mts'
 import { checkList } from './lib/legacy/checklist.mts'
+import { runningServices } from './lib/legacy/containers.mts'
 import { note, notes } from './lib/legacy/journal.mts'
 import { describe, needFit, see, type Migration } from './lib/legacy/migration.mts'
 import { impact, preparation, type Step } from './lib/legacy/steps.mts'
@@ -146,6 +147,7 @@ async function migrate(migration: Migration, until: string | undefined, isAgreed
 async function isAlreadyThrough(migration: Migration): Promise<boolean> {
   const { isChecked, outageMs } = await notes(migration.site)
   if (!isChecked || !(await isSwitched(migration))) return false
+  if ((await runningServices(migration.legacy)).length > 0) return false
   const option = (word: string) => scriptCommand('migrate', migration.envFile, word)
   say(
     `Migrated already${outageMs === undefined ? '' : `, the site was off for ${(outageMs / 1000).toFixed(1)} s`}: the new set-up serves, and nothing was changed.\nThe list once more: ${option('--until check')}\nBack: ${option('--rollback')}\nFor good: ${option('--finalize')}`,

@@ -200,16 +200,18 @@ describe('a restore', () => {
     try {
       await expect.poll(states, { timeout: 20_000 }).toEqual(['restarting', 'running'])
       const pretended = { ...site, slots }
-      await forbidBooting(pretended)
+      await forbidBooting(pretended, 'this')
       expect(await states()).toEqual(['exited', 'exited'])
       // Longer than the engine would have waited.
       await sleep(3000)
       expect(await states()).toEqual(['exited', 'exited'])
       // As an undo does. Stopped by somebody since, it stays so.
-      await allowBooting(pretended, 'strapi-slave')
+      await allowBooting(pretended, 'strapi-slave', 'another')
+      expect(await states()).toEqual(['exited', 'exited'])
+      await allowBooting(pretended, 'strapi-slave', 'this')
       expect(await states()).toEqual(['exited', 'running'])
       await run(['docker', 'stop', '--time=0', slots['strapi-slave'].container])
-      await allowBooting(pretended, 'strapi-slave')
+      await allowBooting(pretended, 'strapi-slave', 'this')
       expect(await states()).toEqual(['exited', 'exited'])
     } finally {
       for (const { container } of Object.values(slots)) await run(['docker', 'rm', '--force', container])

@@ -36,14 +36,14 @@ export async function setRestartIfThere(container: string, policy: string): Prom
 }
 
 /** What the database has and the code of a booting release does not know, Strapi drops: none of the slots boots any more. */
-export async function forbidBooting(site: Site): Promise<void> {
+export async function forbidBooting(site: Site, restore: string): Promise<void> {
   for (const slot of ['strapi-master', 'strapi-slave'] as const) {
     await setRestartIfThere(site.slots[slot].container, 'no')
     // That calls off neither a boot under way nor one that the engine has in mind for what has crashed.
     const found = await engine.container(site.slots[slot].container)
     if (!found || (found.State.Status !== 'restarting' && statusOf(found) !== 'booting')) continue
     await makeStateDir(site)
-    await appendFile(stoppedFile(site), `${found.Id}\n`)
+    await appendFile(stoppedFile(site), `${restore} ${found.Id}\n`)
     await run(stop(site, slot))
     warn(
       `${slot} was not healthy, and is stopped: its release must not boot on the database of another schema`,
@@ -51,13 +51,16 @@ export async function forbidBooting(site: Site): Promise<void> {
   }
 }
 
-/** Ids of the containers that were stopped for that. */
+/** Which restore has stopped which container for that. */
 function stoppedFile(site: Site): string {
   return join(site.stateDir, 'kept-from-booting')
 }
 
-/** Lets a slot come back, but for one that `forbidBooting` has kept from it and whose release still is not that of the database. */
-export async function allowBooting(site: Site, slot: SlotName): Promise<void> {
+/**
+ * Lets a slot come back, but for one that `forbidBooting` has kept from it and whose release still is not that of the database.
+ * @param takenBack the restore that is: what it has stopped is started again
+ */
+export async function allowBooting(site: Site, slot: SlotName, takenBack?: string): Promise<void> {
   const { master, slave } = await observe(site)
   const { status, release } = slot === 'strapi-slave' ? slave : master
   if (status === 'absent') return
@@ -71,7 +74,10 @@ export async function allowBooting(site: Site, slot: SlotName): Promise<void> {
   const { container } = site.slots[slot]
   await change(`let ${slot} come back after a reboot`, () => setRestart(container, 'unless-stopped'))
   const stopped = (await readText(stoppedFile(site))) ?? ''
-  if (!stopped.includes((await engine.container(container))?.Id ?? 'none')) return
-  await change(`start ${slot} again`, () => run(start(site, slot)))
-  await rm(stoppedFile(site))
+  const id = (await engine.container(container))?.Id
+  if (!stopped.split('\n').includes(`${takenBack} ${id}`)) return
+  await change(`start ${slot} again`, async () => {
+    await run(start(site, slot))
+    await rm(stoppedFile(site))
+  })
 }

@@ -91,25 +91,26 @@ export async function rollbackTarget(
       `There are images of: ${images.join(', ') || 'none'}`,
     )
   }
-  if (wish.acceptSchemaChange) return target
-  if (isDryRun() && way === 'first') detail('whether the schema has changed is seen when PostgreSQL runs')
-  else await refuseSchemaChange(site, target)
+  if (!wish.acceptSchemaChange) await refuseSchemaChange(site, target, way)
   return target
 }
 
-async function refuseSchemaChange(site: Site, target: string): Promise<void> {
+async function refuseSchemaChange(site: Site, target: string, way: Situation['way']): Promise<void> {
   const [current, recorded] = [await readSchema(site), await recordedSchema(site, target)]
   const accepting = scriptCommand('deploy', site.envFile, `--rollback ${target} --accept-schema-change`)
   if (current === undefined) {
+    // It is started before, where nothing serves.
+    if (isDryRun() && way === 'first')
+      return detail('whether the schema has changed is seen when PostgreSQL runs')
     const why = await holdsStrapi(site).then(
-      (isUsed) => (isUsed ? 'Strapi’s own record of it is empty' : undefined),
+      (isUsed) => (isUsed ? 'Strapi’s own record of it is empty, or was locked' : undefined),
       explain,
     )
     if (why === undefined) return
     throw new Problem(
       exitCodes.usage,
       `whether the database schema has changed since ${target} cannot be seen: ${why}`,
-      `If its boot may drop what it does not know: ${accepting}`,
+      `Run it again. If its boot may drop what it does not know: ${accepting}`,
     )
   }
   if (current.hash === recorded?.hash) return

@@ -91,14 +91,16 @@ async function restoreInto(
   } catch (error) {
     acceptDamage(error)
     detail('it cannot be restored as a whole: each table by itself')
-    await run(query(postgresql, 'postgres', `DROP DATABASE "${restore.database}" WITH (FORCE)`))
+    await run(query(postgresql, 'postgres', `DROP DATABASE "${restore.database}" WITH (FORCE)`), {
+      timeoutMs: 3_600_000,
+    })
     await create()
     said = []
     await restoring(tools.restoreReadable(postgresql, restore)).catch((failure: unknown) => {
       acceptDamage(failure)
       // The cause may have come long before the end.
       acceptDamage(new Error(said.join('\n')))
-      for (const line of said.filter((one) => one.includes('error:')).slice(0, 20)) warn(`accepted: ${line}`)
+      for (const line of said.slice(0, 20)) warn(`accepted: ${line}`)
     })
   } finally {
     size.stop()

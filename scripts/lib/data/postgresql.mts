@@ -98,14 +98,15 @@ export const restoreReadable = (containerId: string, restore: FileRestore) => [
   'sh',
   '-c',
   `file=$0; failed=0
-judge() { [ "$1" -le 128 ] || exit "$1"; [ "$1" = 0 ] || failed=1; }
+judge() { [ "$1" != 137 ] || exit 137; [ "$1" = 0 ] || failed=1; }
 pg_restore --section=pre-data "$@" "$file"; judge $?
-pg_restore --section=data --list "$file" > /tmp/entries || exit 1
+entries=$(pg_restore --section=data --list "$file"); judge $?
 while IFS= read -r entry; do
-  case $entry in ';'*) continue ;; esac
+  case $entry in ';'* | '') continue ;; esac
   echo "$entry" | pg_restore --section=data --use-list=/dev/stdin "$@" "$file"; judge $?
-done < /tmp/entries
-rm /tmp/entries
+done << END
+$entries
+END
 pg_restore --section=post-data "$@" "$file"; judge $?
 exit $failed`,
   `/backup/${restore.file}`,

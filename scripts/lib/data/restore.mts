@@ -67,7 +67,7 @@ export async function restoreSet(site: Site, request: Request): Promise<void> {
         await putLate(job)
       })
     // Before the swap: killed right after it, the old release must not boot. The deploy that follows makes new containers.
-    if (belongsToOther(job)) await forbidBooting(site)
+    if (belongsToOther(job)) await forbidBooting(site, job.id)
     if (job.withDatabase) await step('5/6', 'Swap the databases', () => swapDatabases(job))
     await step('6/6', 'See that visitors are served, take surplus uploads out', async () => {
       const late = await putLate(job).then(() => undefined, asError)

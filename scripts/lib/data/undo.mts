@@ -158,7 +158,7 @@ export async function takeBack(site: Site, id: string, postgresql: string): Prom
     await swap(postgresql, { ...names, hasLive: live !== undefined, comment: undefined })
   }
   // A restore of another schema has kept it from booting.
-  await allowBooting(site, flagged(site)).catch((error: unknown) => warn(explain(error)))
+  await allowBooting(site, flagged(site), id).catch((error: unknown) => warn(explain(error)))
   if (files) {
     detail('taking out the uploads that it had brought')
     await exchange.takeAdded(site, id)

@@ -145,7 +145,7 @@ async function missingUploads(
 /** Not so what says nothing about the set: a disk without room, a server that went away, a file that this user may not read. */
 export function blamesTheSet(error: unknown): boolean {
   const text = error instanceof Error ? error.message : String(error)
-  return !/No space left on device|ENOSPC|EACCES|server closed the connection|the database system is|is not running|No such container|exit code 137|terminating connection|too many clients|connection to server|almost full|docker daemon/.test(
+  return !/No space left on device|ENOSPC|EACCES|server closed the connection|the database system is|is not running|No such container|exit code 137|terminating connection|too many clients|connection to server|almost full|docker (daemon|API)/.test(
     text,
   )
 }

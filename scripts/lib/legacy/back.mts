@@ -246,7 +246,7 @@ async function backUpNew(site: Site, isShared: boolean): Promise<void> {
 /** The legacy containers go; folders and volumes stay, and are named. @throws Problem (usage) while they may still be needed */
 export async function finalize(migration: Migration): Promise<void> {
   const { site, legacy } = migration
-  if (!(await isSwitched(migration)))
+  if (!(await isSwitched(migration)) || (await runningServices(legacy)).length > 0)
     throw new Problem(
       exitCodes.usage,
       'the new set-up does not serve alone, so the legacy one stays; nothing was changed',

@@ -2,12 +2,13 @@
 import { existsSync } from 'node:fs'
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { ask, run } from '../command.mts'
 import { makeBackup } from '../data/backup.mts'
 import { parts } from '../data/manifest.mts'
 import * as engine from '../engine.mts'
 import { strangerOnData } from '../folders.mts'
-import { detail, explain, warn } from '../report.mts'
+import { alive, detail, explain, warn } from '../report.mts'
 import type { Site } from '../settings.mts'
 import * as containers from './containers.mts'
 import { note, notes } from './journal.mts'
@@ -32,6 +33,39 @@ import { copyUploads, endCopy } from './uploads.mts'
  * @throws Error with all that did not go well, at the end
  */
 export async function goBack(migration: Migration): Promise<void> {
+  for (let attemptsLeft = 3; ; attemptsLeft--) {
+    try {
+      return await bringAllBack(migration)
+    } catch (error) {
+      // The engine may have been restarted in the middle of that.
+      const isOfEngine = /docker daemon|docker API|container engine|error during connect|EOF|ECONN/.test(
+        explain(error),
+      )
+      if (attemptsLeft === 1 || (!isOfEngine && (await isEngineUp()))) throw error
+      await untilEngineAnswers()
+    }
+  }
+}
+
+/** For a minute. An interruption does not end that: nothing comes back without it. */
+export async function untilEngineAnswers(): Promise<void> {
+  await alive(
+    () => 'waiting for the engine',
+    async () => {
+      for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await isEngineUp());)
+        await sleep(500)
+    },
+  )
+}
+
+async function isEngineUp(): Promise<boolean> {
+  return await engine.version().then(
+    () => true,
+    () => false,
+  )
+}
+
+async function bringAllBack(migration: Migration): Promise<void> {
   const { site, legacy } = migration
   const failures: string[] = []
   const tolerate = async (action: Promise<unknown>) =>
@@ -66,12 +100,12 @@ export async function goBack(migration: Migration): Promise<void> {
   detail('starting the legacy set-up')
   await containers.bringBack(legacy, noted.networks)
   await tolerate(restoreNginx(site))
+  detail('waiting for the legacy Strapi')
+  await containers.untilServing(legacy)
   if (legacy.services.livekit) {
     detail('LiveKit, too')
     await tolerate(stopNew(site, kept).then(() => containers.bringLiveKitBack(legacy, noted.networks)))
   }
-  detail('waiting for the legacy Strapi')
-  await containers.untilServing(legacy)
   if (isToKeep) await tolerate(keepWhatItTook(site))
   await stopNew(site)
   if (failures.length > 0) throw new Error(failures.join('; '))

@@ -1,7 +1,6 @@
 /** The moment that visitors notice: the legacy services stop, the new ones start on the same data. If any of it fails, back. */
 import { stat } from 'node:fs/promises'
 import { join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { logTail } from '../actions.mts'
 import { setRestart } from '../booting.mts'
 import { usesLiveKit } from '../checks/settings.mts'
@@ -34,11 +33,11 @@ import { composeCommand, scriptCommand, type Site } from '../settings.mts'
 import { observe } from '../slots.mts'
 import * as containers from './containers.mts'
 import { adoptRoles, countRows, untilReady } from './database.mts'
-import { goBack, logsFolder } from './goback.mts'
+import { goBack, logsFolder, untilEngineAnswers } from './goback.mts'
 import { note, notes } from './journal.mts'
 import { inStartOrder, type Legacy, type Service } from './look.mts'
 import type { Migration } from './migration.mts'
-import { madeContainer, sharesData, startPostgresql, writeDatabaseFolder } from './newsetup.mts'
+import { madeContainer, sharesData, startPostgresql, stopSlots, writeDatabaseFolder } from './newsetup.mts'
 import { copyRedis } from './redis.mts'
 import { copyUploads, differingUploads } from './uploads.mts'
 
@@ -325,10 +324,12 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
   const { site, legacy, envFile } = migration
   await untilEngineAnswers()
   const log = await logTail(site, 'strapi-master')
+  // What boots may change it yet.
+  if ((await notes(site)).hasServed) await stopSlots(site).catch((failure: unknown) => warn(explain(failure)))
   const hasChanged = await isSchemaChanged(migration).catch(() => undefined)
   warn(`${interrupted.aborted ? 'interrupted' : explain(error)}\ngoing back to the legacy set-up`)
   try {
-    await backAsSoonAsPossible(migration)
+    await goBack(migration)
   } catch (failure) {
     return new Problem(
       exitCodes.degraded,
@@ -350,35 +351,6 @@ async function wentWrong(migration: Migration, error: unknown): Promise<Problem>
     `Logs of the new containers: ${logsFolder(site)}\nThen: ${scriptCommand('migrate', envFile, `--from ${legacy.folder}`)}`,
     error,
   )
-}
-
-/** It may be restarting, and nothing comes back without it. An interruption does not end that. */
-async function untilEngineAnswers(): Promise<void> {
-  const answers = () =>
-    engine.version().then(
-      () => true,
-      () => false,
-    )
-  await alive(
-    () => 'waiting for the engine',
-    async () => {
-      for (const deadline = Date.now() + 60_000; Date.now() < deadline && !(await answers());)
-        await sleep(500)
-    },
-  )
-}
-
-async function backAsSoonAsPossible(migration: Migration): Promise<void> {
-  for (let attemptsLeft = 3; ; attemptsLeft--) {
-    try {
-      return await goBack(migration)
-    } catch (error) {
-      // It was restarted in the middle of that.
-      const isOfEngine = /docker daemon|container engine|error during connect|EOF|ECONN/.test(explain(error))
-      if (attemptsLeft === 1 || !isOfEngine) throw error
-      await untilEngineAnswers()
-    }
-  }
 }
 
 /** Since the legacy Strapi had made it; undefined when nobody can tell. */
